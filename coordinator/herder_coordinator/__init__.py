@@ -1,0 +1,1 @@
+"""The coordinator: accepts jobs, journals them, schedules them on agents."""

@@ -1,0 +1,72 @@
+"""What the shell must do. Imperative; each says after what: `"now"`, or `"durable"` = when every `Persist` that was
+returned before it (in this step or an earlier one) is on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from herder_coordinator.core.records import Record
+from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
+from herder_shared.wire.messages import CoordinatorToAgent, CoordinatorToClient
+
+After = Literal["now", "durable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Append to the journal, in the order of the effects."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class SendToClient:
+    """Dropped silently when the client is not connected: it will attach again and ask."""
+
+    client: Incarnation
+    message: CoordinatorToClient
+    after: After = "durable"
+
+
+@dataclass(frozen=True, slots=True)
+class SendToAgent:
+    """Dropped silently when that session is over: the next `Sync` settles it."""
+
+    node: NodeName
+    session: int
+    message: CoordinatorToAgent
+    after: After = "now"
+
+
+@dataclass(frozen=True, slots=True)
+class DropAgent:
+    """Close this session: a newer one of the same node replaced it, or it broke the protocol."""
+
+    node: NodeName
+    session: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropBlobs:
+    """No task needs these blobs any more."""
+
+    blobs: tuple[BlobId, ...]
+    after: After = "durable"
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    """Something worth counting: the shell adds it to the metrics and the log; it decides nothing by it.
+
+    `kind`: task_ended | attempt_lost | queue_wait | task_start | task_duration | node_lost | fork_unsafe | ...
+    """
+
+    kind: str
+    labels: tuple[tuple[str, str], ...] = ()
+    value: float = 1.0
+    job: JobId | None = None
+
+
+Effect = Persist | SendToClient | SendToAgent | DropAgent | DropBlobs | Observe

@@ -1,0 +1,51 @@
+"""What the server needs of a journal. Any storage error is fail-stop: the program ends without another acknowledgement.
+
+A journal is opened by one process at a time, replayed, given a fresh snapshot, and appended to by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from herder_coordinator.core.records import Record
+from herder_shared.ids import ClusterId
+
+
+class JournalError(Exception):
+    """The storage failed or is damaged. Fail-stop: nothing may be acknowledged after it."""
+
+
+class JournalFull(JournalError):
+    """No space. Not damage: at start it is said; while running the coordinator stops and keeps what it acknowledged."""
+
+
+class JournalLocked(JournalError):
+    """Another coordinator holds this folder; the message names its pid and host."""
+
+
+class Journal(Protocol):
+    """Order: `open`, `replay`, `begin`, then any number of `append`, then `close`."""
+
+    cluster: ClusterId
+    #: This life of the coordinator; durable before `begin` returns.
+    epoch: int
+
+    def replay(self) -> Iterator[Record]:
+        """Every record, oldest first, the snapshot's first of all. Raises JournalError on damage before the tail."""
+
+    def begin(self, snapshot: Sequence[Record]) -> None:
+        """Write a fresh snapshot (records that rebuild the state), make the new epoch durable, start the writer."""
+
+    def append(self, records: Sequence[Record], durable: Callable[[float], None]) -> None:
+        """Queue records for the next group commit. `durable(seconds it took)` is called in the writer's thread when
+        they, and all before them, are on disk. Returns at once; an empty batch is durable when those before it are."""
+
+    def on_failure(self, callback: Callable[[JournalError], None]) -> None:
+        """Called once, in the writer's thread, when a write failed. No `durable` is called after it."""
+
+    def close(self) -> None:
+        """Commit what is queued and release the lock."""
+
+    @property
+    def size_bytes(self) -> int: ...

@@ -1,0 +1,760 @@
+"""Every message, by direction. Imperative = an order; past tense = a report.
+
+Rules: frozen, tagged structs; fields are only ever added, at the end and with a default; messages and their hot parts are
+arrays on the wire. Anything that was pickled is `bytes` here and is never unpickled by coordinator or agent. Times are seconds
+measured on the machine that reports them (durations; never a clock reading), sizes bytes.
+
+**The way of a submission.** `OpenJob` (once), `PutBlob` for what is larger than `INLINE_BYTES_MAX`, then `SubmitTasks`
+with dense indices: `first` is the index of the first task in the message. The coordinator answers `SubmitOk(job, upto)`
+when tasks below `upto` are durable; a `SubmitTasks` below that is a repetition and is only acknowledged again. So a
+client that reconnects sends again what was not acknowledged, in order, and everything exists once.
+
+**The way of an event.** Every terminal record of a job has a dense number, its *cursor*, in the order in which the
+records became durable. `TasksEnded(job, cursor, ends)` starts at `cursor`; the client acknowledges with
+`AckEvents(job, cursor=<next expected>)` and after reconnecting sends `Attach(job, cursor)`: each record is seen once.
+
+**The way of an attempt.** `StartAttempts` carries with it whatever the agent's session has not been told before
+(workloads, jobs, functions). The agent answers with `AttemptsStarted` and `AttemptsEnded`; it keeps each end until
+`AckAttempts`, and lists running attempts and unacknowledged ends in `Sync` after each (re)connection.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
+from herder_shared.states import AgentState, Cause, Outcome, TaskState
+
+Role = Literal["client", "agent", "admin", "coordinator"]
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
+class _Part(msgspec.Struct, frozen=True, omit_defaults=True):
+    pass
+
+
+class _HotPart(msgspec.Struct, frozen=True, array_like=True):
+    pass
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class Payload(_HotPart, frozen=True):
+    """Pickled bytes: here, or as a blob. Exactly one of `inline` and `blob` is meant (`blob` when it is not None)."""
+
+    inline: bytes = b""
+    blob: BlobId | None = None
+    size_bytes: int = 0
+
+
+class CommandSpec(_Part, frozen=True):
+    """A command task. Travels msgpack-encoded as the task's arguments; data only, decoded by the agent.
+
+    `argv` as a list is exec'd; `shell` goes to `/bin/sh -c`. Exactly one of them is set.
+    """
+
+    argv: tuple[str, ...] = ()
+    shell: str | None = None
+    stdin: bytes = b""
+    stdin_path: str | None = None
+    check: bool = True
+    cwd: str | None = None
+    env: dict[str, str] = {}
+
+
+class WorkloadSpec(_Part, frozen=True):
+    """How tasks start. `key` is the hash of all other fields but `name` (see `herder.workload`)."""
+
+    key: WorkloadKey
+    name: str = "auto"
+    kind: Literal["python", "command"] = "python"
+    start: Literal["auto", "fork", "fresh"] = "auto"
+    #: Module names, imported in order before the fork point.
+    preload: tuple[str, ...] = ()
+    #: Pickled callable without arguments, or `None`; `setup_name` is for messages. A "pkg.mod:fn" string is sent as
+    #: `setup_import` and imported in the template.
+    setup: bytes | None = None
+    setup_import: str | None = None
+    setup_name: str = ""
+    setup_timeout_s: float = 600.0
+    #: Interpreter; None = the agent's own.
+    python: str | None = None
+    prologue: str | None = None
+    env: dict[str, str] = {}
+    working_dir: str | None = None
+    #: Folders to put before `sys.path` where they exist: the script's, the client's cwd.
+    paths: tuple[str, ...] = ()
+    #: 0 = without limit.
+    max_tasks_per_child: int = 1
+    #: Children kept ready ahead of demand; None = as many as the node has slots for.
+    warm: int | None = None
+    blas_threads: int | Literal["cores"] = "cores"
+    #: Limit of the template itself.
+    memory_bytes: int | None = None
+    immortal: bool = True
+    #: Names of threads that the user declares harmless to a fork.
+    allow_threads: tuple[str, ...] = ()
+
+
+class TaskOptions(_Part, frozen=True):
+    """What a job's tasks ask for and how their ends are treated (API.md, options)."""
+
+    cores: float = 1.0
+    memory_bytes: int = 0
+    gpus: int = 0
+    resources: dict[str, float] = {}
+    nodes: tuple[str, ...] = ()
+    priority: int = 0
+    timeout_s: float | None = None
+    retries: int = 0
+    #: Pickled tuple of exception types; judged in the child. Empty = any exception.
+    retry_on: bytes = b""
+    backoff_s: float = 0.0
+    max_crashes: int = 3
+    idempotent: bool = True
+    cancel_running: bool = True
+    seed: int | None = None
+    stdout: Literal["capture", "stream", "discard"] = "capture"
+
+
+class JobSpec(_Part, frozen=True):
+    """Everything of a job that its tasks share."""
+
+    job: JobId
+    name: str
+    workload: WorkloadSpec
+    options: TaskOptions = TaskOptions()
+    owner: str = ""
+    tags: tuple[str, ...] = ()
+    detached: bool = False
+    #: Dense one-by-one submissions append to one open job; an array job is closed when its last task is sent.
+    kind: Literal["submit", "array"] = "submit"
+
+
+class TaskItem(_HotPart, frozen=True):
+    """One task of a submission: its pickled `(args, kwargs)` or encoded `CommandSpec`, and the tasks it waits for."""
+
+    args: Payload
+    deps: tuple[tuple[JobId, int], ...] = ()
+
+
+class Function(_HotPart, frozen=True):
+    """A pickled callable, by the hash of its bytes. `content` is empty where it is larger than `INLINE_BYTES_MAX`: then
+    it is a blob of the same id."""
+
+    id: BlobId
+    content: bytes = b""
+
+
+class Usage(_HotPart, frozen=True):
+    """What an attempt used. Durations on the agent's clock; `queued_s` is added by the coordinator."""
+
+    node: NodeName = NodeName("")
+    attempt: int = 0
+    start_method: str = ""
+    queued_s: float = 0.0
+    #: From the slot's allocation to the start of the user's code.
+    start_s: float = 0.0
+    #: The user's code.
+    wall_s: float = 0.0
+    cpu_user_s: float = 0.0
+    cpu_system_s: float = 0.0
+    peak_memory_bytes: int = 0
+    memory_source: str = ""
+    minor_faults: int = 0
+    major_faults: int = 0
+    #: Slots held × time, from allocation to release.
+    core_s: float = 0.0
+    pid: int = 0
+
+
+class Failure(_Part, frozen=True):
+    """Why an attempt did not succeed."""
+
+    cause: Cause
+    #: For the user; complete by itself.
+    message: str = ""
+    #: The exception's qualified type name, its remote traceback as text, and its pickle (None: could not be pickled).
+    type_name: str = ""
+    traceback: str = ""
+    pickled: bytes | None = None
+    signal: int | None = None
+    exit_status: int | None = None
+    stderr_tail: str = ""
+    #: The exception is one that `retry_on` names (true when there is no filter).
+    retryable: bool = True
+    limit_bytes: int | None = None
+    #: DEPENDENCY_FAILED: the root, as a task id, and its own failure.
+    root: str = ""
+    root_failure: Failure | None = None
+
+
+class Logs(_HotPart, frozen=True):
+    """Captured output: at most head + tail of each stream (limits.py); `truncated` when something was left out."""
+
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+
+
+class AttemptEnd(_HotPart, frozen=True):
+    """How an attempt ended, as its agent saw it."""
+
+    attempt: AttemptId
+    job: JobId
+    index: int
+    outcome: Outcome
+    #: Pickled value; for a command the encoded `CommandResult`. None unless succeeded (a failed command has one too).
+    result: Payload | None = None
+    failure: Failure | None = None
+    usage: Usage = Usage()
+    logs: Logs | None = None
+
+
+class CommandResult(_Part, frozen=True):
+    """The result of a command task, msgpack-encoded."""
+
+    returncode: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+
+
+class TaskEnd(_HotPart, frozen=True):
+    """A task's terminal record, as the journal keeps it and the client gets it."""
+
+    index: int
+    outcome: Outcome
+    result: Payload | None = None
+    failure: Failure | None = None
+    usage: Usage = Usage()
+    logs: Logs | None = None
+
+
+class JobBrief(_Part, frozen=True):
+    """What an agent must know of a job to run its tasks."""
+
+    job: JobId
+    name: str
+    workload: WorkloadKey
+    options: TaskOptions
+    owner: str = ""
+
+
+class AttemptStart(_HotPart, frozen=True):
+    """The order to run one attempt."""
+
+    attempt: AttemptId
+    job: JobId
+    index: int
+    #: From 1; what users see.
+    ordinal: int
+    function: BlobId | None
+    args: Payload
+    #: Results of the tasks it depends on: `(job, index, value)`.
+    deps: tuple[tuple[JobId, int, Payload], ...] = ()
+    #: "" = the workload's own; "fresh" = the free rerun in a fresh interpreter.
+    start: str = ""
+    #: "3.11/3.1": interpreter and cloudpickle of the client when something was pickled by value, else "".
+    python: str = ""
+
+
+class RunningAttempt(_HotPart, frozen=True):
+    """An attempt which an agent still has, in `Sync`."""
+
+    attempt: AttemptId
+    job: JobId
+    index: int
+    started: bool
+
+
+class NodeFacts(_Part, frozen=True):
+    """What an agent found on its machine. `cores` are the slots it offers (they may exceed the machine's)."""
+
+    node: NodeName
+    cores: int
+    memory_bytes: int
+    labels: tuple[str, ...] = ()
+    gpus: int = 0
+    resources: dict[str, float] = {}
+    #: Affinity: the operating system's CPU numbers.
+    cpus: tuple[int, ...] = ()
+    host: str = ""
+    pid: int = 0
+    python: str = ""
+    kernel: str = ""
+    state_dir: str = ""
+    #: Address of the agent's own metrics listener, or "".
+    metrics_listen: str = ""
+
+
+class TemplateInfo(_Part, frozen=True):
+    """One template on one node."""
+
+    state: Literal["starting", "ready", "failed", "stopped"]
+    pid: int = 0
+    start_s: float = 0.0
+    rss_bytes: int = 0
+    children: int = 0
+
+
+class AuditStep(_Part, frozen=True):
+    """One step of a template's start, and what the audit found after it."""
+
+    step: str
+    seconds: float = 0.0
+    rss_bytes: int = 0
+    threads: int = 1
+    #: "safe" | "unsafe"
+    verdict: str = "safe"
+    #: One line a finding: what was seen, why it matters, the cure.
+    findings: tuple[AuditFinding, ...] = ()
+    #: Cures which the template applied by itself.
+    applied: tuple[str, ...] = ()
+
+
+class AuditFinding(_Part, frozen=True):
+    rule: str
+    seen: str
+    reason: str = ""
+    cure: str = ""
+    #: "unsafe" | "allowed" | "note"
+    verdict: str = "unsafe"
+
+
+class WorkloadReport(_Part, frozen=True):
+    """How a workload fares on one node; sent when it changes."""
+
+    key: WorkloadKey
+    name: str
+    #: What `auto` chose: "fork" | "fresh" | "" while not known.
+    start_method: str = ""
+    reason: str = ""
+    #: The step after which children are forked, e.g. "setup", "import sklearn", "start".
+    fork_point: str = ""
+    steps: tuple[AuditStep, ...] = ()
+    templates: tuple[TemplateInfo, ...] = ()
+    #: Medians as seen so far on this node.
+    fork_start_s: float | None = None
+    fresh_start_s: float | None = None
+    error: str = ""
+    python: str = ""
+
+
+class NodeReport(_Part, frozen=True):
+    """An agent's own account, sent with each heartbeat. All counters since its start."""
+
+    core_seconds: dict[str, float] = {}
+    running: int = 0
+    queued: int = 0
+    slots_used: float = 0.0
+    cpu_busy_ratio: float = 0.0
+    memory_used_bytes: int = 0
+
+
+# --- both directions -------------------------------------------------------------------------------------------------
+
+
+class Hello(_Message, frozen=True):
+    """First message of a connection, from whoever dialled. The role is the certificate's, not said here."""
+
+    protocol: int
+    cluster: ClusterId
+    incarnation: Incarnation
+    version: str = ""
+    #: The highest epoch this peer has seen: a coordinator of a lower one is a zombie and must be left.
+    epoch_seen: int = 0
+    node: NodeFacts | None = None
+    owner: str = ""
+    #: Client: "3.11/3.1".
+    python: str = ""
+
+
+class Welcome(_Message, frozen=True):
+    """The answer: this coordinator's life, and the session, which counts within it."""
+
+    cluster: ClusterId
+    epoch: int
+    session: int
+    version: str = ""
+    heartbeat_s: float = 2.0
+    lease_s: float = 30.0
+    #: To an agent: which blobs and jobs it need not be told again is not kept over sessions; it may drop all briefs.
+    draining: bool = False
+
+
+class Refused(_Message, frozen=True):
+    """The answer to a hello, or to anything else that is not allowed; the connection ends. `error` names the class."""
+
+    error: str
+    message: str
+
+
+class Heartbeat(_Message, frozen=True):
+    """From the dialler. `report` from agents only."""
+
+    n: int
+    report: NodeReport | None = None
+
+
+class HeartbeatAck(_Message, frozen=True):
+    n: int
+    #: To agents: tasks wait somewhere that this node could run if it had room (accounting of idle cores).
+    work_waiting: bool = False
+
+
+class PutBlob(_Message, frozen=True):
+    """A chunk of a blob. Chunks of one blob come in order on one connection; repeated from 0 after a reconnection."""
+
+    id: BlobId
+    offset: int
+    total: int
+    data: bytes
+
+
+class BlobStored(_Message, frozen=True):
+    """The receiver has all bytes up to `upto` (a multiple of chunks); at `total` the blob is durable."""
+
+    id: BlobId
+    upto: int
+
+
+class WantBlob(_Message, frozen=True):
+    """Please send this blob with `PutBlob` from `offset` on."""
+
+    id: BlobId
+    offset: int = 0
+
+
+class NoBlob(_Message, frozen=True):
+    """This blob is not here."""
+
+    id: BlobId
+
+
+# --- client to coordinator -------------------------------------------------------------------------------------------
+
+
+class OpenJob(_Message, frozen=True):
+    spec: JobSpec
+
+
+class SubmitTasks(_Message, frozen=True):
+    job: JobId
+    first: int
+    function: Function | None
+    tasks: tuple[TaskItem, ...]
+    #: See `AttemptStart.python`.
+    python: str = ""
+
+
+class CloseJob(_Message, frozen=True):
+    """No more tasks come. `count` is how many there are."""
+
+    job: JobId
+    count: int
+
+
+class CancelTasks(_Message, frozen=True):
+    """Cancel these tasks (None: the whole job). `running=False` leaves alone what has started."""
+
+    job: JobId
+    indices: tuple[int, ...] | None = None
+    running: bool = True
+
+
+class Attach(_Message, frozen=True):
+    """Tell me this job's events from `cursor` on."""
+
+    job: JobId
+    cursor: int = 0
+
+
+class AckEvents(_Message, frozen=True):
+    """`cursor` is the next event that the client expects."""
+
+    job: JobId
+    cursor: int
+
+
+class Query(_Message, frozen=True):
+    """Read something. `what`: nodes | jobs | job | workloads | status | tasks | logs."""
+
+    id: int
+    what: Literal["nodes", "jobs", "job", "workloads", "status", "tasks", "logs"]
+    job: JobId | None = None
+    index: int | None = None
+
+
+class DrainNode(_Message, frozen=True):
+    """Admin or client: empty a node (`on`), or use it again."""
+
+    id: int
+    node: NodeName
+    on: bool = True
+
+
+class ShutDown(_Message, frozen=True):
+    """Admin or client of `herder down`: end the agents, then the coordinator, after answering. Running tasks are killed."""
+
+    id: int
+
+
+class Goodbye(_Message, frozen=True):
+    """The client is done: cancel its jobs that are not detached and have not ended, without the grace."""
+
+    reason: str = ""
+
+
+# --- coordinator to client -------------------------------------------------------------------------------------------
+
+
+class SubmitOk(_Message, frozen=True):
+    """Tasks below `upto` of this job are durable. `upto` 0 answers `OpenJob`."""
+
+    job: JobId
+    upto: int
+
+
+class SubmitRefused(_Message, frozen=True):
+    """Tasks from `first` on were not accepted. `error` names the class; `again` says whether trying again may help."""
+
+    job: JobId
+    first: int
+    error: str
+    message: str
+    again: bool = False
+
+
+class TasksStarted(_Message, frozen=True):
+    """These tasks' children started their code: `(index, node)`."""
+
+    job: JobId
+    tasks: tuple[tuple[int, NodeName], ...]
+
+
+class TasksEnded(_Message, frozen=True):
+    job: JobId
+    cursor: int
+    ends: tuple[TaskEnd, ...]
+
+
+class CancelOk(_Message, frozen=True):
+    """The cancellation is durable."""
+
+    job: JobId
+    indices: tuple[int, ...] | None = None
+
+
+class Notice(_Message, frozen=True):
+    """For the user's log: no agents, a start method that costs more than the tasks, and the like."""
+
+    level: Literal["info", "warning"]
+    text: str
+
+
+class NodeInfo(_Part, frozen=True):
+    facts: NodeFacts
+    state: AgentState
+    running: int = 0
+    assigned_cores: float = 0.0
+    report: NodeReport | None = None
+    #: Seconds since the coordinator last heard of it.
+    silent_s: float = 0.0
+
+
+class JobInfo(_Part, frozen=True):
+    job: JobId
+    name: str
+    owner: str
+    workload: str
+    state: Literal["open", "running", "done", "failed", "cancelled"]
+    counts: dict[TaskState, int] = {}
+    outcomes: dict[Outcome, int] = {}
+    tasks: int = 0
+    closed: bool = False
+    detached: bool = False
+    kind: str = "submit"
+    age_s: float = 0.0
+
+
+class TaskInfo(_Part, frozen=True):
+    index: int
+    state: TaskState
+    outcome: Outcome | None = None
+    node: NodeName | None = None
+    attempts: int = 0
+
+
+class WorkloadInfo(_Part, frozen=True):
+    """A workload over all nodes."""
+
+    key: WorkloadKey
+    name: str
+    start: str
+    reports: dict[NodeName, WorkloadReport] = {}
+
+
+class StatusInfo(_Part, frozen=True):
+    cluster: ClusterId
+    epoch: int
+    version: str
+    tasks: dict[TaskState, int] = {}
+    agents: dict[AgentState, int] = {}
+    jobs: int = 0
+    clients: int = 0
+    http: str = ""
+
+
+class Answer(_Message, frozen=True):
+    """The answer to a `Query`, `DrainNode` or `ShutDown`. One of the fields is set, or `error` and `message`."""
+
+    id: int
+    nodes: tuple[NodeInfo, ...] | None = None
+    jobs: tuple[JobInfo, ...] | None = None
+    workloads: tuple[WorkloadInfo, ...] | None = None
+    tasks: tuple[TaskInfo, ...] | None = None
+    status: StatusInfo | None = None
+    logs: Logs | None = None
+    error: str = ""
+    message: str = ""
+
+
+# --- coordinator to agent --------------------------------------------------------------------------------------------
+
+
+class StartAttempts(_Message, frozen=True):
+    """Obeyed only in the session it names."""
+
+    session: int
+    attempts: tuple[AttemptStart, ...]
+    workloads: tuple[WorkloadSpec, ...] = ()
+    jobs: tuple[JobBrief, ...] = ()
+    functions: tuple[Function, ...] = ()
+
+
+class CancelAttempts(_Message, frozen=True):
+    """SIGTERM to all processes of each, SIGKILL after `grace_s`. Each still ends with an `AttemptEnd`."""
+
+    attempts: tuple[AttemptId, ...]
+    grace_s: float = 2.0
+
+
+class AckAttempts(_Message, frozen=True):
+    """These ends are durable, or superseded: forget them (and stop them, if they still run)."""
+
+    attempts: tuple[AttemptId, ...]
+
+
+class ForgetJobs(_Message, frozen=True):
+    """These jobs have ended: drop their briefs and functions."""
+
+    jobs: tuple[JobId, ...]
+
+
+class SyncOk(_Message, frozen=True):
+    """The answer to `Sync`: these running attempts are not wanted any more (superseded, cancelled, unknown job)."""
+
+    session: int
+    drop: tuple[AttemptId, ...] = ()
+
+
+class PullMetrics(_Message, frozen=True):
+    """Send the Prometheus exposition."""
+
+    id: int
+    openmetrics: bool = False
+
+
+class Drain(_Message, frozen=True):
+    on: bool = True
+
+
+class Stop(_Message, frozen=True):
+    """End: kill what runs, leave nothing behind. Not a loss: the coordinator asked for it."""
+
+    reason: str = ""
+
+
+# --- agent to coordinator --------------------------------------------------------------------------------------------
+
+
+class Sync(_Message, frozen=True):
+    """Everything this agent has, after each (re)connection, before anything else."""
+
+    running: tuple[RunningAttempt, ...] = ()
+    ended: tuple[AttemptEnd, ...] = ()
+    #: More ended ones follow in `AttemptsEnded` when they do not fit into one frame.
+    more: bool = False
+
+
+class AttemptsStarted(_Message, frozen=True):
+    attempts: tuple[AttemptId, ...]
+
+
+class AttemptsEnded(_Message, frozen=True):
+    ends: tuple[AttemptEnd, ...]
+
+
+class WorkloadsReported(_Message, frozen=True):
+    reports: tuple[WorkloadReport, ...]
+
+
+class Metrics(_Message, frozen=True):
+    id: int
+    text: bytes
+    content_type: str
+
+
+ClientToCoordinator = (
+    OpenJob
+    | SubmitTasks
+    | CloseJob
+    | CancelTasks
+    | Attach
+    | AckEvents
+    | Query
+    | DrainNode
+    | ShutDown
+    | Goodbye
+    | PutBlob
+    | BlobStored
+    | WantBlob
+)
+CoordinatorToClient = (
+    SubmitOk
+    | SubmitRefused
+    | TasksStarted
+    | TasksEnded
+    | CancelOk
+    | Notice
+    | Answer
+    | PutBlob
+    | BlobStored
+    | WantBlob
+    | NoBlob
+)
+CoordinatorToAgent = (
+    StartAttempts
+    | CancelAttempts
+    | AckAttempts
+    | ForgetJobs
+    | SyncOk
+    | PullMetrics
+    | Drain
+    | Stop
+    | PutBlob
+    | BlobStored
+    | NoBlob
+)
+AgentToCoordinator = (
+    Sync | AttemptsStarted | AttemptsEnded | WorkloadsReported | Metrics | PutBlob | BlobStored | WantBlob | NoBlob
+)
+SessionMessage = Hello | Welcome | Refused | Heartbeat | HeartbeatAck
+Message = SessionMessage | ClientToCoordinator | CoordinatorToClient | CoordinatorToAgent | AgentToCoordinator
