@@ -1,0 +1,1 @@
+"""What the tests share: the lab of namespaced hosts, the leak check, and finding what a test needs on this machine."""
