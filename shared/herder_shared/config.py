@@ -1,0 +1,445 @@
+"""Configuration of the three programs, and profiles: where a user's keys and addresses are.
+
+One frozen struct a program, read once in its `main.py`: TOML file, then environment, then flags; later ones win. A key that
+nobody knows is an error and not silence. This module reads files and the environment that it is given, and decides nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import stat
+import tomllib
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from herder_shared import tls
+from herder_shared.errors import ConfigError
+from herder_shared.ids import ClusterId
+from herder_shared.limits import DISCONNECT_GRACE_S, GIB, HEARTBEAT_S, KIB, LEASE_S, MIB, RECONNECT_GRACE_S
+
+#: Ports of the coordinator: its own protocol, and HTTP.
+PORT = 7711
+HTTP_PORT = 7712
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class CoordinatorConfig(msgspec.Struct, frozen=True):
+    """What a coordinator is told. Times in seconds."""
+
+    identity: Path
+    state_dir: Path
+    listen: str = f"127.0.0.1:{PORT}"
+    http_listen: str = f"127.0.0.1:{HTTP_PORT}"
+    lease_s: float = LEASE_S
+    reconnect_grace_s: float = RECONNECT_GRACE_S
+    disconnect_grace_s: float = DISCONNECT_GRACE_S
+    heartbeat_s: float = HEARTBEAT_S
+    #: Descriptor for one JSON line when the program is ready: {"pid","address","http","epoch","cluster","node"}.
+    hello_fd: int | None = None
+    #: Descriptor whose end of file ends the program at once.
+    lifeline_fd: int | None = None
+    log_level: str = "info"
+
+
+class AgentConfig(msgspec.Struct, frozen=True):
+    """What an agent is told. None means: as found on the machine."""
+
+    identity: Path
+    state_dir: Path
+    #: "host:port" of the coordinator, in the order in which they are tried.
+    coordinator: tuple[str, ...]
+    #: None = the name in the certificate.
+    node: str | None = None
+    cores: int | None = None
+    cpus: tuple[int, ...] | None = None
+    #: As "64GiB".
+    memory: str | None = None
+    labels: tuple[str, ...] = ()
+    resources: dict[str, float] = {}
+    gpus: int = 0
+    #: "host:port" of an own port for metrics; None = the coordinator pulls them over the session.
+    metrics_listen: str | None = None
+    pin: bool = True
+    hello_fd: int | None = None
+    lifeline_fd: int | None = None
+    log_level: str = "info"
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """A cluster as one user knows it. In `folder`: `profile.toml`, and the folders `authority`, `coordinator`, `client`."""
+
+    name: str
+    folder: Path
+    #: "host:port"; empty until a coordinator was started.
+    addresses: tuple[str, ...]
+    cluster: ClusterId
+    #: "host:port" of the coordinator's HTTP.
+    http: str = ""
+
+    @property
+    def identity(self) -> Path:
+        """The identity with which the profile's owner connects."""
+        return self.folder / "client"
+
+    @property
+    def authority(self) -> Path:
+        """The cluster's authority, which signs certificates."""
+        return self.folder / "authority"
+
+    @property
+    def coordinator(self) -> Path:
+        """The coordinator's identity."""
+        return self.folder / "coordinator"
+
+
+class _ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    cluster: str
+    addresses: tuple[str, ...] = ()
+    http: str = ""
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def load_config(
+    kind: type[_T], *, file: Path | None, environ: Mapping[str, str], prefix: str, flags: Mapping[str, object]
+) -> _T:
+    """Read a program's configuration: TOML `file` < `HERDER_<PREFIX>_<KEY>` < `flags` (None = not given).
+
+    In the environment lists are separated by commas and tables are `key=value,key=value`.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named), missing or of the wrong type, or `file` cannot be read.
+    """
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    if file is not None:
+        for key, value in _read_toml(file).items():
+            values[_known(key.replace("-", "_"), hints, f"{file}: the key {key!r}")] = value
+    start = f"HERDER_{prefix.upper()}_" if prefix else "HERDER_"
+    for variable, text in environ.items():
+        if variable.startswith(start):
+            key = _known(variable.removeprefix(start).lower(), hints, f"the environment variable {variable}", start)
+            values[key] = _from_text(text, hints[key], variable)
+    for key, value in flags.items():
+        if value is not None:
+            values[_known(key, hints, f"the option {key!r}")] = value
+    return _convert(values, kind)
+
+
+def _known(key: str, hints: Mapping[str, object], what: str, prefix: str = "") -> str:
+    if key in hints:
+        return key
+    nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+    known = f"did you mean {_spelled(nearest[0], prefix)!r}?" if nearest else f"known are {', '.join(hints)}"
+    raise ConfigError(f"{what} is unknown: {known}")
+
+
+def _spelled(key: str, prefix: str) -> str:
+    return prefix + key.upper() if prefix else key
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"the configuration file {file} cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {file} is not TOML: {error}") from error
+
+
+def _from_text(text: str, hint: Any, variable: str) -> object:
+    """The value of an environment variable, as near to the type as text allows; msgspec does the rest."""
+    origins = {get_origin(part) or part for part in (hint, *get_args(hint))}
+    if tuple in origins:
+        return [item.strip() for item in text.split(",") if item.strip()]
+    if dict in origins:
+        return dict(_parse_pair(item, variable) for item in text.split(",") if item.strip())
+    return text
+
+
+def _parse_pair(item: str, variable: str) -> tuple[str, str]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ConfigError(f"{variable}: {item!r} is not of the form key=value")
+    return key.strip(), value.strip()
+
+
+def _convert(values: dict[str, Any], kind: type[_T]) -> _T:
+    prepared = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    try:
+        return msgspec.convert(prepared, kind, strict=False, dec_hook=_decode_path)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the configuration is not complete or has a wrong value: {error}") from error
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value).expanduser()
+    raise TypeError(f"expected a path, got {value!r}")
+
+
+# --- profiles --------------------------------------------------------------------------------------------------------
+
+_PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+def profiles_dir(environ: Mapping[str, str]) -> Path:
+    """Where profiles are: `$HERDER_PROFILES`, else `$XDG_CONFIG_HOME/herder/profiles`, else `~/.config/herder/profiles`."""
+    if own := environ.get("HERDER_PROFILES"):
+        return Path(own)
+    return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "herder" / "profiles"
+
+
+def create_profile(
+    name: str,
+    addresses: Sequence[str] = (),
+    *,
+    http: str = "",
+    owner: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Profile:
+    """Make a profile with a new cluster: its authority, the coordinator's identity, and the owner's (role admin).
+
+    The first profile becomes the active one. It exists as a whole or not at all.
+
+    Raises:
+        ConfigError: the name is taken or not usable as a folder's, or the folder cannot be written.
+    """
+    environ = os.environ if environ is None else environ
+    root = profiles_dir(environ)
+    folder = _profile_folder(root, name)
+    if folder.exists():
+        raise ConfigError(f"the profile {name!r} exists already in {folder}: choose another name")
+    cluster = ClusterId(uuid.uuid4().hex)
+    partial = root / f".{name}.{os.getpid()}.partial"
+    profile = Profile(name=name, folder=partial, addresses=tuple(addresses), cluster=cluster, http=http)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial.mkdir(mode=0o700)
+        tls.create_authority(profile.authority, cluster)
+        tls.issue(profile.authority, profile.coordinator, "coordinator", "coordinator")
+        tls.issue(profile.authority, profile.identity, "admin", owner or environ.get("USER") or "owner")
+        save_profile(profile)
+        partial.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"the profile {name!r} cannot be made in {root}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if not (root / "active").exists():
+        activate_profile(name, environ=environ)
+    return msgspec.structs.replace(profile, folder=folder)
+
+
+def load_profile(name: str | None = None, *, environ: Mapping[str, str] | None = None) -> Profile:
+    """Read a profile: the one named, else `$HERDER_PROFILE`, else the active one.
+
+    Raises:
+        ConfigError: there is none, or its file is damaged; says how to make one.
+    """
+    environ = os.environ if environ is None else environ
+    root = profiles_dir(environ)
+    name = name or environ.get("HERDER_PROFILE") or _active(root)
+    if name is None:
+        raise ConfigError(
+            f"there is no Herder profile in {root}: make one with `herder init`, get a cluster with `herder up`,"
+            " or use herder.LocalCluster() for this machine alone"
+        )
+    folder = _profile_folder(root, name)
+    file = folder / "profile.toml"
+    if not file.exists():
+        others = sorted(path.parent.name for path in root.glob("*/profile.toml"))
+        known = f"there are: {', '.join(others)}" if others else "there are none: make one with `herder init`"
+        raise ConfigError(f"there is no profile {name!r} in {root}; {known}")
+    try:
+        content = msgspec.convert(_read_toml(file), _ProfileFile)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+    return Profile(name, folder, content.addresses, ClusterId(content.cluster), content.http)
+
+
+def save_profile(profile: Profile) -> None:
+    """Write a profile's `profile.toml`, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    lines = [
+        "# Written by Herder.",
+        f"cluster = {_toml_string(profile.cluster)}",
+        f"addresses = [{', '.join(map(_toml_string, profile.addresses))}]",
+        f"http = {_toml_string(profile.http)}",
+    ]
+    _write_text(profile.folder / "profile.toml", "\n".join(lines) + "\n")
+
+
+def activate_profile(name: str, *, environ: Mapping[str, str] | None = None) -> None:
+    """Make this profile the one that is used when none is named.
+
+    Raises:
+        ConfigError: there is no such profile.
+    """
+    environ = os.environ if environ is None else environ
+    profile = load_profile(name, environ=environ)
+    _write_text(profile.folder.parent / "active", profile.name + "\n")
+
+
+def _active(root: Path) -> str | None:
+    try:
+        return (root / "active").read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{root / 'active'} cannot be read: {error}") from error
+
+
+def _profile_folder(root: Path, name: str) -> Path:
+    if not _PROFILE_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} cannot be a profile's name: use letters, digits, '.', '_' and '-', at most 64")
+    return root / name
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error
+
+
+def _toml_string(text: str) -> str:
+    """A TOML basic string is a JSON string, but for DEL, which TOML wants escaped."""
+    return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def parse_address(text: str, default_port: int) -> tuple[str, int]:
+    """Read "host", "host:port", "tls://host:port" or "[ipv6]:port".
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    rest = text.strip().removeprefix("tls://").rstrip("/")
+    if rest.startswith("["):
+        host, bracket, tail = rest[1:].partition("]")
+        colon, port = tail[:1], tail[1:]
+        bad = not bracket or (tail != "" and colon != ":")
+    elif rest.count(":") > 1:
+        host, colon, port, bad = rest, "", "", False
+    else:
+        host, colon, port = rest.partition(":")
+        bad = False
+    number = int(port) if colon and port.isascii() and port.isdigit() else default_port
+    if (
+        bad
+        or not host
+        or any(c.isspace() or c in "/@?#" for c in host)
+        or (colon and not port.isdigit())
+        or number > 65535
+    ):
+        raise ConfigError(f"{text!r} is not an address: expected host:port, as in head:{default_port}")
+    return host, number
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 1000,
+    "mb": 1000**2,
+    "gb": 1000**3,
+    "tb": 1000**4,
+    "k": KIB,
+    "m": MIB,
+    "g": GIB,
+    "t": 1024 * GIB,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 1024 * GIB,
+}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+
+
+def parse_bytes(text: str) -> int:
+    """Read "4GiB", "512M" (binary, as Slurm and systemd read it), "1.5GB" (decimal) or "1048576".
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    match = _BYTES.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"{text!r} is not a size: expected a number and a unit, as in 4GiB")
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+
+
+#: File systems on which neither SQLite's locks nor a node's own state may be.
+_SHARED_FILE_SYSTEMS = re.compile(
+    r"nfs\d?|cifs|smb\d?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|panfs|wekafs|fuse\..*"
+)
+
+
+def default_state_dir(environ: Mapping[str, str], uid: int) -> Path:
+    """Where a node keeps its state: `$HERDER_STATE`, else `/var/lib/herder` as root, else `$XDG_STATE_HOME/herder`
+    if that is on a local disk, else `/var/tmp/herder-<uid>`. It is not made here.
+
+    Raises:
+        ConfigError: the folder in `/var/tmp` belongs to somebody else, or is a link.
+    """
+    if own := environ.get("HERDER_STATE"):
+        return Path(own)
+    if uid == 0:
+        return Path("/var/lib/herder")
+    state_home = environ.get("XDG_STATE_HOME")
+    if state_home and is_local_disk(Path(state_home)):
+        return Path(state_home) / "herder"
+    folder = Path(f"/var/tmp/herder-{uid}")
+    check_private_folder(folder, uid)
+    return folder
+
+
+def check_private_folder(folder: Path, uid: int) -> None:
+    """Refuse a folder in a place that all may write to, unless it is ours and closed to others, or not there yet.
+
+    Raises:
+        ConfigError: naming what is wrong, and the fix.
+    """
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid:
+        raise ConfigError(
+            f"{folder} is a link, no folder, or somebody else's: set HERDER_STATE to a folder of your own"
+        )
+    if status.st_mode & 0o077:
+        raise ConfigError(f"{folder} is open to others (mode {status.st_mode & 0o777:04o}): run `chmod 700 {folder}`")
+
+
+def is_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether `path` lies on a file system of this machine alone."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    best, kind = -1, ""
+    absolute = os.path.abspath(path)
+    for line in lines:
+        _, _, rest = line.partition(" ")
+        point, _, rest = rest.partition(" ")
+        point = point.replace("\\040", " ").rstrip("/")
+        if len(point) >= best and (absolute == point or absolute.startswith(point + "/")):
+            best, kind = len(point), rest.partition(" ")[0]
+    return best >= 0 and not _SHARED_FILE_SYSTEMS.fullmatch(kind)
