@@ -78,7 +78,7 @@ _from_agent: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AgentToCoord
 _to_client: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(CoordinatorToClient | HeartbeatAck | Refused)
 _to_agent: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(CoordinatorToAgent | HeartbeatAck | Refused)
 _head_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
-_scalar_decoder = msgspec.msgpack.Decoder(str | int)
+_scalar_decoder: msgspec.msgpack.Decoder[str | int] = msgspec.msgpack.Decoder(str | int)
 
 #: What the acceptor takes from whom. A coordinator's certificate may not dial.
 _FROM_ROLE: dict[str, msgspec.msgpack.Decoder[Any]] = {
@@ -158,11 +158,12 @@ class Session:
     def _decode(self, body: memoryview) -> Message:
         assert self._decoder is not None
         try:
-            return cast(Message, decode_body(self._decoder, body))
+            return cast("Message", decode_body(self._decoder, body))
         except RemoteProtocolError as error:
             raise self._explain(body, error) from error.__cause__
 
-    def _explain(self, body: memoryview, error: RemoteProtocolError) -> HerderError:
+    def _explain(self, body: memoryview, error: RemoteProtocolError) -> HerderError:  # noqa: ARG002  # for the acceptor
+        """The error that says best why `body` is not acceptable."""
         return error
 
     def _move(self, message: Hello | Welcome | Refused) -> None:
