@@ -1,0 +1,116 @@
+"""What a benchmark gives, and the few things that all of them need."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from herder import Client, LocalCluster
+
+#: Runs of each side, one after the other in turn, of which the median counts.
+RUNS = 5
+#: Tasks of a run: enough to have a rate, not so many that a slow machine takes for ever.
+TASKS_MIN = 100
+TASKS_MAX = 200_000
+#: No run of tasks may take longer, whatever is wrong.
+RUN_TIMEOUT_S = 120.0
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One line of the result. `must` and `aim` are those of docs/PERFORMANCE.md; None where none is set.
+
+    `best_is_low` says which way is better. `runs` are the single values behind `value`, their median.
+    """
+
+    name: str
+    value: float
+    unit: str
+    must: float | None = None
+    aim: float | None = None
+    best_is_low: bool = False
+    detail: str = ""
+    runs: tuple[float, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """`aim`, `must` or `below`: the best that it reaches; empty where nothing is set."""
+        if self.must is None:
+            return ""
+        if self.aim is not None and self._reaches(self.aim):
+            return "aim"
+        return "must" if self._reaches(self.must) else "below"
+
+    def _reaches(self, limit: float) -> bool:
+        return self.value <= limit if self.best_is_low else self.value >= limit
+
+
+class Conditions(msgspec.Struct, frozen=True):
+    """How to measure: seconds of a run, and the cores to use."""
+
+    seconds: float
+    cores: int
+
+
+def machine_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def cluster_of_one(conditions: Conditions) -> Iterator[tuple[LocalCluster, Client]]:
+    """A coordinator and one agent with all the cores, with a client."""
+    import herder
+
+    with herder.LocalCluster(cores=conditions.cores, agents=1) as cluster, cluster.client() as client:
+        yield cluster, client
+
+
+def no_op() -> Callable[..., None]:
+    """A function that does nothing, made here so that it is pickled by value, as a script's functions are."""
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    return nothing
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that the call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def rate_of(run: Callable[[int], object], tasks: int) -> float:
+    """Tasks per second of one run of this many."""
+    return tasks / timed(lambda: run(tasks))
+
+
+def tasks_for(run: Callable[[int], object], seconds: float) -> int:
+    """How many tasks take about this long: warms up with a few, then tries more until the guess is a good one."""
+    run(TASKS_MIN)
+    tasks = TASKS_MIN
+    while True:
+        took_s = tasks / rate_of(run, tasks)
+        wanted = max(TASKS_MIN, min(TASKS_MAX, int(tasks * seconds / took_s)))
+        if took_s > seconds / 4 or wanted <= 2 * tasks:
+            return wanted
+        tasks = min(wanted, 10 * tasks)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which this many percent lie (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, as a float."""
+    return float(statistics.median(values))

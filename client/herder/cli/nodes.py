@@ -1,0 +1,167 @@
+"""`herder nodes`, `drain`, `workloads`, `status`: what the cluster is and what it is doing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from herder.cli.output import (
+    format_bytes,
+    format_duration,
+    format_share,
+    print_json,
+    print_table,
+    say,
+)
+from herder.cli.session import cluster_options, connected
+from herder_shared.states import AgentState
+from herder_shared.wire.messages import NodeInfo, WorkloadInfo, WorkloadReport
+
+if TYPE_CHECKING:
+    from herder import Client
+
+#: How often `drain --wait` asks.
+DRAIN_ASK_S = 0.5
+
+
+@click.command()
+@cluster_options
+def nodes(profile: str | None, as_json: bool) -> None:
+    """List the nodes."""
+    with connected(profile) as client:
+        found = list(client.nodes())
+    if as_json:
+        print_json(found)
+        return
+    columns = ("node", "state", ">cores", ">running", ">free", ">memory", ">used", ">task share", ">heard", "host")
+    print_table(columns, map(node_row, found), empty="no nodes: start agents with herder up, or herder agent")
+
+
+def node_row(node: NodeInfo) -> tuple[str, ...]:
+    """One line of `herder nodes`. *task share* is the part of all core-seconds so far that tasks' code had."""
+    report = node.report
+    seconds = report.core_seconds if report else {}
+    return (
+        node.facts.node,
+        node.state,
+        str(node.facts.cores),
+        str(node.running),
+        f"{max(0.0, node.facts.cores - node.assigned_cores):g}",
+        format_bytes(node.facts.memory_bytes),
+        format_bytes(report.memory_used_bytes) if report else "-",
+        format_share(seconds.get("task", 0.0), sum(seconds.values())),
+        f"{format_duration(node.silent_s)} ago",
+        node.facts.host,
+    )
+
+
+@click.command()
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="Use the node again.")
+@click.option("--wait", "wait_empty", is_flag=True, help="Return when nothing runs there any more.")
+@cluster_options
+def drain(node: str, undo: bool, wait_empty: bool, profile: str | None, as_json: bool) -> None:
+    """Empty a node: what runs is finished, nothing new is started."""
+    if undo and wait_empty:
+        raise click.UsageError("--wait does not go with --undo")
+    with connected(profile) as client:
+        client.drain(node, on=not undo)
+        running = wait_until_empty(client, node) if wait_empty else running_on(client.nodes(), node)
+    if as_json:
+        print_json({"node": node, "draining": not undo, "running": running})
+        return
+    what = "is used again" if undo else "takes nothing new"
+    click.echo(f"{node} {what}; {running} task{'s' * (running != 1)} running")
+
+
+def running_on(found: Iterable[NodeInfo], name: str) -> int:
+    """Attempts on this node; 0 when it is gone or lost."""
+    return sum(node.running for node in found if node.facts.node == name and node.state is not AgentState.LOST)
+
+
+def wait_until_empty(client: Client, name: str) -> int:
+    """Ask until nothing runs on the node. Ctrl-C leaves it draining."""
+    said = -1
+    while running := running_on(client.nodes(), name):
+        if running != said:
+            say(f"{name}: {running} running")
+            said = running
+        time.sleep(DRAIN_ASK_S)
+    return 0
+
+
+@click.command()
+@click.option("--steps", is_flag=True, help="Show every step of the audit.")
+@cluster_options
+def workloads(steps: bool, profile: str | None, as_json: bool) -> None:
+    """Workloads: start method, fork point, audit."""
+    with connected(profile) as client:
+        found = list(client.workloads())
+    if as_json:
+        print_json(found)
+        return
+    print_workloads(found)
+    if steps:
+        for workload in found:
+            for node, report in sorted(workload.reports.items()):
+                print_audit(workload.name, node, report)
+
+
+def print_workloads(found: Iterable[WorkloadInfo]) -> None:
+    """One line for each workload and node: what was chosen, and why."""
+    columns = ("workload", "asked", "node", "chosen", "fork point", ">fork", ">fresh", "why")
+    rows = [
+        (
+            workload.name,
+            workload.start,
+            node,
+            report.start_method or "-",
+            report.fork_point or "-",
+            format_duration(report.fork_start_s),
+            format_duration(report.fresh_start_s),
+            report.error or report.reason,
+        )
+        for workload in found
+        for node, report in sorted(workload.reports.items())
+    ]
+    print_table(columns, rows, empty="no workload has been used yet")
+
+
+def print_audit(name: str, node: str, report: WorkloadReport) -> None:
+    """The template's start on one node, step by step."""
+    rows = [
+        (
+            step.step,
+            format_duration(step.seconds),
+            format_bytes(step.rss_bytes),
+            str(step.threads),
+            step.verdict,
+            "; ".join([*(f"{f.rule}: {f.seen} {f.reason} {f.cure}".strip() for f in step.findings), *step.applied]),
+        )
+        for step in report.steps
+    ]
+    columns = ("step", ">took", ">memory", ">threads", "verdict", "findings")
+    print_table(columns, rows, title=f"{name} on {node}", empty=f"{name} on {node}: no audit yet")
+
+
+@click.command()
+@cluster_options
+def status(profile: str | None, as_json: bool) -> None:
+    """The coordinator, its tasks and agents, in one view."""
+    with connected(profile) as client:
+        found = client.status()
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        ("cluster", found.cluster),
+        ("coordinator", f"version {found.version}, epoch {found.epoch}"),
+        ("page and metrics", f"http://{found.http}" if found.http else "off"),
+        ("agents", ", ".join(f"{count} {state}" for state, count in found.agents.items()) or "none"),
+        ("tasks", ", ".join(f"{count} {state}" for state, count in found.tasks.items()) or "none"),
+        ("jobs, clients", f"{found.jobs}, {found.clients}"),
+    ]
+    print_table(("what", "is"), rows)

@@ -1,0 +1,47 @@
+"""What every command that speaks to a cluster shares: the options `--profile` and `--json`, and the connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from herder import Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: A person waits: after this long without a connection the command ends with status 3.
+CONNECT_TIMEOUT_S = 10.0
+
+profile_option = click.option(
+    "--profile", metavar="NAME", envvar="HERDER_PROFILE", help="The cluster's profile. Default: the active one."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def cluster_options(function: F) -> F:
+    """`--profile` and `--json`."""
+    return profile_option(json_option(function))
+
+
+@contextmanager
+def connected(profile: str | None, *, reconnect_timeout_s: float | None = CONNECT_TIMEOUT_S) -> Iterator[Client]:
+    """A client of the profile's cluster. Leaving it by an exception cancels what was submitted and not detached.
+
+    Raises:
+        ConfigError: there is no such profile.
+        Unreachable: nothing answered in time.
+        Unauthorized: the cluster does not accept the profile's keys.
+    """
+    import herder
+
+    client = herder.Client(profile=profile, reconnect_timeout=reconnect_timeout_s)
+    try:
+        yield client
+    except BaseException:
+        client.shutdown(wait=False, cancel_futures=True)
+        raise
+    client.shutdown(wait=True)
