@@ -60,13 +60,27 @@ class DropBlobs:
 class Observe:
     """Something worth counting: the shell adds it to the metrics and the log; it decides nothing by it.
 
-    `kind`: task_ended | attempt_lost | queue_wait | task_start | task_duration | node_lost | fork_unsafe | ...
+    One effect stands for all that a step saw of one `kind` with the same labels: counts in `value`, single observations
+    for a histogram (seconds) in `values`. Kinds:
+
+    task_ended       workload, outcome           count
+    task_retried     cause                       count
+    attempt_lost     reason                      count
+    fork_unsafe      reason (a cause)            count
+    queue_wait                                   `values`: pending to dispatch
+    task_start       start_method                `values`: slot to the start of the user's code
+    task_duration    workload                    `values`: the user's code
+    task_cpu         workload, mode user|system  CPU seconds in `value`
+    allocated        workload                    core-seconds held in `value`
+    node_up | node_lost | node_disconnected | node_drained   node, (reason)
+    stalled                                      seconds by which deadlines were moved in `value`
     """
 
     kind: str
     labels: tuple[tuple[str, str], ...] = ()
     value: float = 1.0
     job: JobId | None = None
+    values: tuple[float, ...] = ()
 
 
 Effect = Persist | SendToClient | SendToAgent | DropAgent | DropBlobs | Observe

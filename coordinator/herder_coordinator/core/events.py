@@ -9,8 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from herder_shared.ids import AttemptId, Incarnation, JobId, NodeName
-from herder_shared.wire.messages import AttemptEnd, Function, JobSpec, NodeFacts, NodeReport, RunningAttempt, TaskItem
-from herder_shared.wire.messages import WorkloadReport
+from herder_shared.wire.messages import (
+    AttemptEnd,
+    Function,
+    JobSpec,
+    NodeFacts,
+    NodeReport,
+    RunningAttempt,
+    TaskItem,
+    WorkloadReport,
+)
 
 
 @dataclass(frozen=True, slots=True)
