@@ -1,0 +1,85 @@
+"""What a task sees of Herder: the module `_herder_task`, to which `herder.shared()` and `herder.task()` lead.
+
+Loaded under that name (and not as a sibling), because pickled arguments refer to `_herder_task.dependency`.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Task:
+    """The running task, as it may know itself.
+
+    `id` is "JOB.INDEX", `attempt` its ordinal from 1, `cpus` the CPUs that it is pinned to (empty: any), `gpus` the
+    devices given to it, `scratch` a folder which is removed after it (None where the node has none).
+    """
+
+    __slots__ = ("attempt", "cpus", "gpus", "id", "index", "job_id", "node", "scratch")
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self.job_id: str = head.get("job", "")
+        self.index: int = head.get("index", 0)
+        self.id = f"{self.job_id}.{self.index}"
+        self.attempt: int = head.get("ordinal", 1)
+        self.node: str = head.get("node", "")
+        self.cpus: tuple[int, ...] = tuple(head.get("cpus") or ())
+        self.gpus: tuple[int, ...] = tuple(head.get("gpus") or ())
+        self.scratch: str | None = head.get("scratch")
+
+    @property
+    def retries(self) -> int:
+        """Attempts before this one."""
+        return self.attempt - 1
+
+    def __repr__(self) -> str:
+        return f"<herder task {self.id}, attempt {self.attempt} on {self.node}>"
+
+
+_task: Task | None = None
+_value: Any = None
+_dependencies: dict[tuple[str, int], Any] = {}
+
+
+def task() -> Task:
+    """The running task. Raises RuntimeError outside of one."""
+    if _task is None:
+        raise RuntimeError("herder.task() was called outside a task: only code that Herder runs as a task has one")
+    return _task
+
+
+def shared() -> Any:
+    """The value of the workload's `setup`; None without `setup`. Raises RuntimeError outside a task."""
+    if _task is None:
+        raise RuntimeError(
+            "herder.shared() was called outside a task: setup's value exists only where Herder runs the task "
+            "(in setup itself, and in your own program, use the value directly)"
+        )
+    return _value
+
+
+def dependency(job: str, index: int) -> Any:
+    """The result of a task on which this one depends."""
+    return _dependencies[job, index]
+
+
+def enter(head: dict[str, Any], dependencies: dict[tuple[str, int], Any]) -> None:
+    """The task of this head begins."""
+    global _task, _dependencies
+    _task = Task(head)
+    _dependencies = dependencies
+
+
+def leave() -> None:
+    """The task is over."""
+    global _task, _dependencies
+    _task = None
+    _dependencies = {}
+
+
+def share(value: Any) -> None:
+    """`setup` gave this value."""
+    global _value
+    _value = value

@@ -1,0 +1,334 @@
+"""A ready template at work: one thread, one blocking wait over the control socket and its children's pidfds.
+
+    agent ── fork, exec, kill ──▶ control socket ──▶ Server ── fork ──▶ child
+      ◀────── forked, exited ────                      ◀── pidfd: it ended ──
+
+Who holds which end. A child's task socket and output pipes are made here; the child's ends are closed here right after the
+fork, the agent's ends right after they were sent. So an end of file means to each side that the other is gone. The pidfd
+stays here until the child is reaped.
+
+No process id is trusted alone. A child is a zombie until it is reaped here, so its id, which is also its process group's,
+cannot have been used again when the group is killed. Orphans of a child that is gone become this process's children (it is
+a subreaper, as each child is for its own while it lives); whatever child is here that nobody knows is such an orphan, and is
+killed. `exited` is sent when the last of them is gone: then, and not before, the slot is free.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import signal
+import time
+
+from . import child, spawn, system, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: An orphan that does not die of SIGKILL (it hangs in the kernel) holds up `exited` no longer than this.
+ORPHAN_LIMIT_S = 5.0
+#: Rounds of killing a tree of processes that forks while it is being killed.
+KILL_ROUNDS_MAX = 16
+
+
+class Child:
+    """A child that has not been reaped. `failure` is the pipe that tells why an exec failed, -1 when that is settled."""
+
+    __slots__ = ("failure", "fds", "id", "message", "pid", "pidfd")
+
+    def __init__(self, id: int, pid: int, pidfd: int, fds: list[int], failure: int) -> None:  # noqa: A002
+        self.id = id
+        self.pid = pid
+        self.pidfd = pidfd
+        self.fds = fds
+        self.failure = failure
+        self.message = ""
+
+
+class Server:
+    """Serves `fork` (with a plan), `exec`, `kill`, `stats`, `exit`."""
+
+    def __init__(self, channel: wire.Channel, plan: child.Plan | None) -> None:
+        self._channel = channel
+        self._plan = plan
+        self._pid = os.getpid()
+        self._poll = select.epoll()
+        self._poll.register(channel.socket.fileno(), select.EPOLLIN)
+        self._children: dict[int, Child] = {}
+        self._by_fd: dict[int, Child] = {}
+        self._unsent: list[bytes] = []
+        self._ended: list[tuple[float, dict[str, Any]]] = []
+        self._oom = _open_or_none("/proc/self/oom_score_adj", os.O_RDWR)
+        self._below = _open_or_none(f"/proc/self/task/{self._pid}/children", os.O_RDONLY)
+        #: Processes that preload or setup left behind on purpose.
+        self._known = set(system.children_of(self._pid))
+        system.become_subreaper()
+
+    def run(self) -> None:
+        """Until the agent says so or is gone; then every child is killed."""
+        control = self._channel.socket.fileno()
+        try:
+            while True:
+                for fd, _ in self._poll.poll(0.05 if self._ended else -1):
+                    if fd == control:
+                        if not self._answer():
+                            return
+                    elif fd in self._by_fd:
+                        self._attend(fd, self._by_fd[fd])
+                self._settle_ended()
+                if self._unsent:
+                    self._channel.send_packed(b"".join(self._unsent))
+                    self._unsent.clear()
+        except (BrokenPipeError, ConnectionResetError, wire.BrokenFrame):
+            return
+        finally:
+            self._kill_all()
+
+    def _answer(self) -> bool:
+        """Deal with all frames that have arrived. False when this is the end."""
+        while True:
+            frame = self._channel.receive()
+            if frame is None:
+                return False
+            head = frame[0]
+            match head.get("t"):
+                case "fork":
+                    self._fork_all(head)
+                case "exec":
+                    self._exec(head)
+                case "kill":
+                    self._kill(head)
+                case "stats":
+                    self._stats()
+                case "exit":
+                    return False
+                case _:
+                    self._log("warning", f"unknown message {head.get('t')!r}")
+            if not self._channel.has_frame():
+                return True
+
+    def _fork_all(self, head: dict[str, Any]) -> None:
+        self._score(system.CHILD_OOM_SCORE_ADJ)
+        try:
+            for each in head.get("children", ()):
+                self._make(each["child"], None, -1)
+        finally:
+            self._score(0)
+
+    def _exec(self, head: dict[str, Any]) -> None:
+        stdin = self._channel.take_descriptors(1)[0] if head.get("stdin") else -1
+        self._score(system.CHILD_OOM_SCORE_ADJ)
+        try:
+            self._make(head["child"], head, stdin)
+        finally:
+            self._score(0)
+            if stdin >= 0:
+                os.close(stdin)
+
+    def _make(self, id: int, program: dict[str, Any] | None, stdin: int) -> None:  # noqa: A002
+        """Fork a child, for a task (`program` is None) or to exec. Sends `forked`, at once or when the exec is known."""
+        theirs: list[int] = []
+        ours: list[int] = []
+        try:
+            if program is None and self._plan is None:
+                raise OSError(0, "a spawner has no workload to fork")
+            if program is None or program.get("kind") == "fresh":
+                left, right = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+                ours.append(left.detach())
+                theirs.append(right.detach())
+            for _ in range(2):
+                read, write = os.pipe2(os.O_CLOEXEC)
+                ours.append(read)
+                theirs.append(write)
+            failure = -1
+            if program is not None:
+                failure, write = os.pipe2(os.O_CLOEXEC)
+                theirs.append(write)
+            pid = os.fork()
+        except OSError as error:
+            for fd in (*ours, *theirs):
+                os.close(fd)
+            self._send({"t": "fork_failed", "child": id, "message": f"cannot fork: {error.strerror}"})
+            return
+        if pid == 0:
+            if program is None:
+                assert self._plan is not None
+                child.run_forked(self._plan, self._pid, (theirs[0], theirs[1], theirs[2]))
+            channel = theirs[0] if program.get("kind") == "fresh" else -1
+            spawn.run(program, self._pid, (channel, theirs[-3], theirs[-2]), stdin, theirs[-1])
+        pidfd = os.pidfd_open(pid)
+        for fd in theirs:
+            os.close(fd)
+        made = Child(id, pid, pidfd, ours, failure)
+        self._children[id] = made
+        self._watch(pidfd, made)
+        if failure >= 0:
+            self._watch(failure, made)
+        else:
+            self._announce(made)
+
+    def _watch(self, fd: int, made: Child) -> None:
+        self._by_fd[fd] = made
+        self._poll.register(fd, select.EPOLLIN)
+
+    def _forget(self, fd: int) -> None:
+        # Explicitly: a forked child may hold a copy for a moment yet, and with it the registration.
+        self._poll.unregister(fd)
+        del self._by_fd[fd]
+        os.close(fd)
+
+    def _announce(self, made: Child) -> None:
+        if self._unsent:
+            self._channel.send_packed(b"".join(self._unsent))
+            self._unsent.clear()
+        fds = [*made.fds, made.pidfd]
+        self._channel.send({"t": "forked", "child": made.id, "pid": made.pid, "fds": len(fds)}, b"", fds)
+        self._drop_ends(made)
+
+    def _drop_ends(self, made: Child) -> None:
+        for fd in made.fds:
+            os.close(fd)
+        made.fds = []
+
+    def _attend(self, fd: int, made: Child) -> None:
+        if made.failure >= 0:
+            self._hear_exec(made)
+        if fd == made.pidfd:
+            self._reap(made)
+
+    def _hear_exec(self, made: Child) -> None:
+        made.message = os.read(made.failure, 4096).decode("utf-8", "replace")
+        self._forget(made.failure)
+        made.failure = -1
+        if made.message:
+            self._drop_ends(made)
+        else:
+            self._announce(made)
+
+    def _reap(self, made: Child) -> None:
+        _signal_group(made.pid, signal.SIGKILL)
+        _, status, usage = os.wait4(made.pid, 0)
+        self._forget(made.pidfd)
+        del self._children[made.id]
+        if made.message:
+            self._send({"t": "fork_failed", "child": made.id, "message": made.message})
+            return
+        head = {
+            "t": "exited",
+            "child": made.id,
+            "pid": made.pid,
+            "status": status,
+            "utime": usage.ru_utime,
+            "stime": usage.ru_stime,
+            "minflt": usage.ru_minflt,
+            "majflt": usage.ru_majflt,
+            "nvcsw": usage.ru_nvcsw,
+            "nivcsw": usage.ru_nivcsw,
+        }
+        if self._ended or self._kill_orphans():
+            self._ended.append((time.monotonic() + ORPHAN_LIMIT_S, head))
+        else:
+            self._send(head)
+
+    def _settle_ended(self) -> None:
+        """Report the children whose orphans are gone by now."""
+        if not self._ended or (self._kill_orphans() and time.monotonic() < self._ended[0][0]):
+            return
+        for _, head in self._ended:
+            self._send(head)
+        self._ended.clear()
+
+    def _kill_orphans(self) -> bool:
+        """Kill and reap the children that nobody knows. True while there are some."""
+        if self._below is None:
+            return False
+        known = self._known | {made.pid for made in self._children.values()}
+        found = [int(word) for word in os.pread(self._below, 1 << 16, 0).split()]
+        left = False
+        for pid in found:
+            if pid in known:
+                continue
+            os.kill(pid, signal.SIGKILL)  # our own child, not reaped: the id is its own
+            left = os.waitpid(pid, os.WNOHANG)[0] == 0 or left
+        return left
+
+    def _kill(self, head: dict[str, Any]) -> None:
+        made = self._children.get(head.get("child", -1))
+        if made is not None:
+            kill_tree(made.pid, int(head.get("signal", signal.SIGTERM)))
+
+    def _stats(self) -> None:
+        resident, anonymous = system.memory_bytes()
+        counts = {"threads": len(system.thread_ids()), "children": len(self._children)}
+        self._send({"t": "stats", "rss": resident, "anon": anonymous, **counts})
+
+    def _kill_all(self) -> None:
+        for made in self._children.values():
+            kill_tree(made.pid, signal.SIGKILL)
+
+    def _score(self, adjustment: int) -> None:
+        """Children inherit the readiness to be killed for memory; setting it around a fork costs less than in each child."""
+        if self._oom is not None:
+            try:
+                os.pwrite(self._oom, b"%d" % adjustment, 0)
+            except OSError:
+                self._oom = None
+
+    def _send(self, head: dict[str, Any]) -> None:
+        self._unsent.append(wire.pack(head))
+
+    def _log(self, level: str, text: str) -> None:
+        self._send({"t": "log", "level": level, "text": text})
+
+
+def kill_tree(pid: int, number: int) -> None:
+    """Signal a child, its process group and all of its descendants. SIGKILL is repeated while new ones turn up."""
+    done: set[int] = set()
+    for _ in range(KILL_ROUNDS_MAX if number == signal.SIGKILL else 1):
+        new = set(system.descendants_of(pid)) - done
+        if not new:
+            break
+        _signal_outside_group(pid, new, number)
+        done |= new
+    _signal_group(pid, number)
+
+
+def _signal_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        # Not yet its own group (it has just been forked), or nobody is left in it.
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def _signal_outside_group(top: int, pids: set[int], number: int) -> None:
+    """By pidfd, and only those that are still below `top` when their descriptor is open: ids are used again."""
+    opened: dict[int, int] = {}
+    try:
+        for pid in pids:
+            try:
+                if os.getpgid(pid) != top:
+                    opened[pid] = os.pidfd_open(pid)
+            except OSError:
+                continue  # gone already
+        below = set(system.descendants_of(top)) if opened else set()
+        for pid in opened.keys() & below:
+            try:
+                signal.pidfd_send_signal(opened[pid], number)
+            except (ProcessLookupError, PermissionError):
+                continue
+    finally:
+        for fd in opened.values():
+            os.close(fd)
+
+
+def _open_or_none(path: str, flags: int) -> int | None:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError:
+        return None

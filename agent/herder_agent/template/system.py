@@ -1,0 +1,145 @@
+"""What the standard library does not offer of Linux: prctl, fflush, madvise and openmp by `ctypes`; and short reads of /proc.
+
+`ctypes` is imported here, once, in the template: its children need `prctl`, and must not import anything themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+MADV_COLLAPSE = 25
+HUGE_PAGE_BYTES = 2 << 20
+#: Badness added to a child, so that it dies of memory pressure before its template and the agent.
+CHILD_OOM_SCORE_ADJ = 500
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_prctl.restype = ctypes.c_int
+_fflush = _libc.fflush
+_fflush.argtypes = (ctypes.c_void_p,)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def die_with(parent: int) -> None:
+    """Ask to be killed when the thread that made this process ends; end now if that has already happened."""
+    _prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def become_subreaper() -> None:
+    """Orphans of this process's descendants become its children, and not the agent's or init's."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def flush_c_stdio() -> None:
+    _fflush(None)
+
+
+class Mapping:
+    """A line of /proc/self/maps."""
+
+    __slots__ = ("end", "path", "permissions", "start")
+
+    def __init__(self, start: int, end: int, permissions: str, path: str) -> None:
+        self.start = start
+        self.end = end
+        self.permissions = permissions
+        self.path = path
+
+
+def mappings() -> list[Mapping]:
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split(None, 5)
+            start, _, end = fields[0].partition("-")
+            path = fields[5].rstrip("\n") if len(fields) > 5 else ""
+            found.append(Mapping(int(start, 16), int(end, 16), fields[1], path))
+    return found
+
+
+def collapse_huge_pages() -> int:
+    """Fold anonymous memory and the heap into huge pages, where the kernel can (6.1+). Returns bytes that were folded."""
+    folded = 0
+    for mapping in mappings():
+        if not mapping.permissions.startswith("rw-p") or mapping.path not in ("", "[heap]"):
+            continue
+        start = -(-mapping.start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        length = (mapping.end - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        if length > 0 and _madvise(start, length, MADV_COLLAPSE) == 0:
+            folded += length
+    return folded
+
+
+def pause_openmp(paths: list[str]) -> list[str]:
+    """End the idle threads of these libgomp's (already loaded, by path). Returns those that did so."""
+    paused = []
+    for path in paths:
+        try:
+            if ctypes.CDLL(path).omp_pause_resource_all(2) == 0:
+                paused.append(path)
+        except (OSError, AttributeError):
+            # Not loadable by this path any more, or older than OpenMP 5.0: the audit speaks for itself.
+            continue
+    return paused
+
+
+def is_cuda_initialised(path: str) -> bool:
+    """Whether somebody called `cuInit` in this process; `path` is the loaded libcuda's."""
+    count = ctypes.c_int()
+    not_initialised = 3
+    try:
+        return bool(ctypes.CDLL(path).cuDeviceGetCount(ctypes.byref(count)) != not_initialised)
+    except (OSError, AttributeError):
+        return True
+
+
+def memory_bytes(pid: int | str = "self") -> tuple[int, int]:
+    """Resident and anonymous memory of a process."""
+    resident = anonymous = 0
+    with open(f"/proc/{pid}/status", "rb") as lines:
+        for line in lines:
+            if line.startswith(b"VmRSS:"):
+                resident = int(line.split()[1]) * 1024
+            elif line.startswith(b"RssAnon:"):
+                anonymous = int(line.split()[1]) * 1024
+    return resident, anonymous
+
+
+def thread_ids(pid: int | str = "self") -> list[int]:
+    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+
+
+def children_of(pid: int) -> list[int]:
+    """Direct children, over all threads. Empty when the process is gone."""
+    found: list[int] = []
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                found.extend(int(word) for word in file.read().split())
+        except OSError:
+            continue
+    return found
+
+
+def descendants_of(pid: int) -> list[int]:
+    """All processes below `pid`, nearest first, as far as /proc shows them at this moment."""
+    found: list[int] = []
+    seen = {pid}
+    front = [pid]
+    while front:
+        below = [child for parent in front for child in children_of(parent) if child not in seen]
+        seen.update(below)
+        found.extend(below)
+        front = below
+    return found

@@ -1,0 +1,412 @@
+"""Runs one task in a child: unpickle, `started`, call, pickle, `result` or `error`; then put the process back as it was.
+
+A reusable child does this thousands of times a second, a forked one once with every page still to be copied: so there
+is one receive, two sends, and no system call that the task did not ask for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+
+from . import failures, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+#: Results up to this travel in their frame, larger ones in a sealed memfd.
+INLINE_BYTES_MAX = 64 * 1024
+#: Functions kept unpickled by a reusable child.
+FUNCTIONS_MAX = 64
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+#: The C functions under `signal`'s, which make an enum of each answer: forty of them are asked after each task.
+_get_handler = sys.modules["_signal"].getsignal
+_SIGNALS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+
+
+class Exit(BaseException):
+    """The task ended its process (`sys.exit`), or is a copy of it made by `os.fork`: leave with this status."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+class Runner:
+    """What a child keeps from task to task."""
+
+    def __init__(self, seen: ModuleType, python: str, controller: Any = None) -> None:
+        self.seen = seen
+        self.python = python
+        #: A threadpoolctl controller made in the template, where threadpoolctl is installed: sets native pools' threads.
+        self.controller = controller
+        self.setup_error: dict[str, Any] | None = None
+        self._functions: dict[str, Any] = {}
+        self._threads = 1
+        self._cpus: list[int] | None = None
+        self._limits: dict[str, Any] = {}
+        self._baseline: Baseline | None = None
+        self._discarding = False
+        self._pipes: tuple[int, ...] | None = None
+
+    def run(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> None:
+        """Run the task of this frame and answer it. Raises Exit, or OSError when the agent is gone."""
+        pid = os.getpid()
+        retry_on: Any = None
+        error: BaseException
+        usage = Usage()
+        try:
+            parts = self._parts(channel, head, body)
+            retry_on = parts.get("retry_on")
+            self._prepare(head)
+            function, (args, kwargs) = self._unpickle(head, parts)
+            parts.clear()
+            channel.send_packed(_STARTED)
+            usage = Usage()
+            try:
+                value = function(*args, **kwargs)
+            finally:
+                usage.stop()
+                if os.getpid() != pid:
+                    raise Exit(0)
+            del function, args, kwargs
+            answer = self._pickle(value)
+        except SystemExit as ended:
+            raise Exit(_exit_status(ended)) from None
+        except failures.Refusal as refusal:
+            flush_streams()
+            head = {"t": "error", "cause": refusal.cause, "type": "", "message": str(refusal), "traceback": ""}
+            cause = refusal.__cause__
+            if cause is not None:
+                head["type"], head["traceback"] = failures.type_name(cause), failures.traceback_text(cause)
+            channel.send({**head, "retryable": refusal.cause == "start_failed", "pickled": -1, **usage.difference})
+            return
+        except Exit:
+            raise
+        except BaseException as raised:  # noqa: BLE001 - whatever the user's code raised is the task's outcome
+            error = raised
+        else:
+            flush_streams()
+            self._send_result(channel, answer, usage)
+            return
+        finally:
+            self.seen.leave()
+        flush_streams()
+        self._send_exception(channel, error, retry_on, usage)
+        del error  # its traceback holds this frame
+
+    def restore(self) -> None:
+        """Put back what a task may have left changed: folder, environment, umask, signal handlers, alarms."""
+        if self._baseline is not None:
+            self._baseline.restore()
+
+    def remember(self) -> None:
+        """What `restore` restores is as it is now. Called by children that run more than one task."""
+        self._baseline = Baseline()
+
+    def _parts(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> dict[str, Any]:
+        parts: dict[str, Any] = {}
+        offset = 0
+        for name, length in head.get("parts", ()):
+            parts[name] = body[offset : offset + length]
+            offset += length
+        names = head.get("fds")
+        if names:
+            for name, fd in zip(names, channel.take_descriptors(len(names)), strict=True):
+                try:
+                    parts[name] = memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ))
+                finally:
+                    os.close(fd)
+        return parts
+
+    def _prepare(self, head: dict[str, Any]) -> None:
+        if self.setup_error is not None:
+            raise SetupBroke(self.setup_error)
+        tag = head.get("python")
+        if tag and tag != self.python:
+            raise failures.Refusal("version_mismatch", _mismatch(tag, self.python))
+        cpus = head.get("cpus")
+        if cpus and cpus != self._cpus:
+            os.sched_setaffinity(0, cpus)
+            self._cpus = cpus
+        self._set_threads(head.get("threads") or 1)
+        for name, value in (head.get("env") or {}).items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+        limits = head.get("limits")
+        if limits and limits != self._limits:
+            for name, (soft, hard) in limits.items():
+                set_limit(name, soft, hard)
+            self._limits = limits
+        if bool(head.get("discard")) != self._discarding:
+            self._redirect(bool(head.get("discard")))
+        seed = head.get("seed")
+        if seed is not None:
+            reseed(task_seed(seed, head.get("job", ""), head.get("index", 0)))
+
+    def _redirect(self, discard: bool) -> None:
+        """Send stdout and stderr to nowhere, or back to the pipes."""
+        if self._pipes is None:
+            self._pipes = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (1, 2))
+        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        for fd, pipe in zip((1, 2), self._pipes, strict=True):
+            os.dup2(null if discard else pipe, fd)
+        os.close(null)
+        self._discarding = discard
+
+    def _set_threads(self, threads: int) -> None:
+        text = str(threads)
+        for name in THREAD_VARIABLES:
+            if os.environ.get(name) != text:
+                os.environ[name] = text
+        if threads != self._threads:
+            self._threads = threads
+            if self.controller is not None:
+                self.controller.limit(limits=threads)
+
+    def _unpickle(self, head: dict[str, Any], parts: dict[str, Any]) -> tuple[Any, Any]:
+        what = "function"
+        try:
+            key = head["function"]
+            if "function" in parts:
+                function = pickle.loads(parts["function"])
+                if len(self._functions) >= FUNCTIONS_MAX:
+                    del self._functions[next(iter(self._functions))]
+                self._functions[key] = function
+            elif key in self._functions:
+                function = self._functions[key]
+            else:
+                raise failures.Refusal("start_failed", f"function {key} was neither sent nor is it known to this child")
+            dependencies = {}
+            what = "dependency"
+            for name in [name for name in parts if name.startswith("dep:")]:
+                job, _, index = name[4:].rpartition(":")
+                dependencies[job, int(index)] = pickle.loads(parts[name])
+            self.seen.enter(head, dependencies)
+            what = "arguments"
+            return function, pickle.loads(parts["args"])
+        except (failures.Refusal, SystemExit):
+            raise
+        except BaseException as error:
+            raise failures.Refusal("cannot_unpickle", failures.unpickling_message(what, error)) from error
+
+    def _pickle(self, value: Any) -> bytes:
+        try:
+            return pickle.dumps(value, 5)
+        except Exception:  # noqa: BLE001 - code by value, or nothing that pickles: cloudpickle tells which
+            pass
+        import cloudpickle
+
+        try:
+            content: bytes = cloudpickle.dumps(value, protocol=5)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            raise failures.Refusal("not_serializable", failures.not_serializable(value, error)) from error
+        return content
+
+    def _send_result(self, channel: wire.Channel, content: bytes, usage: Usage) -> None:
+        if len(content) <= INLINE_BYTES_MAX:
+            head = f'{{"t":"result","len":{len(content)},"blob":false,{usage.text()}}}'.encode()
+            channel.send_packed(b"".join((wire.HEADER.pack(len(head), len(content)), head, content)))
+            return
+        fd = sealed_memfd(content)
+        try:
+            channel.send({"t": "result", "len": len(content), "blob": True, **usage.difference}, b"", [fd])
+        finally:
+            os.close(fd)
+
+    def _send_exception(self, channel: wire.Channel, error: BaseException, retry_on: Any, usage: Usage) -> None:
+        if isinstance(error, SetupBroke):
+            channel.send({**error.head, "t": "error", "retryable": False, "pickled": -1, **usage.difference})
+            return
+        content = failures.pickle_exception(error)
+        head = {
+            "t": "error",
+            "cause": "exception",
+            "type": failures.type_name(error),
+            "message": failures.message_of(error),
+            "traceback": failures.traceback_text(error),
+            "retryable": _is_retryable(error, retry_on),
+            "pickled": -1 if content is None else len(content),
+            **usage.difference,
+        }
+        channel.send(head, content or b"")
+
+
+class SetupBroke(Exception):
+    """`setup` (or a preload) was replayed in this child and raised; `head` is what to say of it."""
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        super().__init__(head.get("message", ""))
+        self.head = head
+
+
+class Usage:
+    """What this process and the children that it has reaped use between now and `stop`."""
+
+    __slots__ = ("_children", "_own", "_wall", "difference")
+
+    def __init__(self) -> None:
+        self.difference: dict[str, float] = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0}
+        self._own = resource.getrusage(resource.RUSAGE_SELF)
+        self._children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._wall = time.perf_counter()
+
+    def stop(self) -> None:
+        wall = time.perf_counter() - self._wall
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before, below = self._own, self._children
+        self.difference = {
+            "wall": wall,
+            "utime": own.ru_utime - before.ru_utime + children.ru_utime - below.ru_utime,
+            "stime": own.ru_stime - before.ru_stime + children.ru_stime - below.ru_stime,
+            "minflt": own.ru_minflt - before.ru_minflt + children.ru_minflt - below.ru_minflt,
+            "majflt": own.ru_majflt - before.ru_majflt + children.ru_majflt - below.ru_majflt,
+        }
+
+    def text(self) -> str:
+        """The differences as the inside of a JSON object."""
+        d = self.difference
+        return (
+            f'"wall":{d["wall"]:.6f},"utime":{d["utime"]:.6f},"stime":{d["stime"]:.6f},'
+            f'"minflt":{d["minflt"]},"majflt":{d["majflt"]}'
+        )
+
+
+class Baseline:
+    """The state of a process which one task must not leave to the next."""
+
+    def __init__(self) -> None:
+        self._folder = os.getcwd()
+        self._environment = dict(os.environ._data)  # type: ignore[attr-defined]
+        self._umask = os.umask(0o022)
+        os.umask(self._umask)
+        self._handlers = [_get_handler(number) for number in _SIGNALS]
+
+    def restore(self) -> None:
+        if os.environ._data != self._environment:  # type: ignore[attr-defined]
+            self._restore_environment()
+        os.umask(self._umask)
+        signal.alarm(0)
+        for number, handler in zip(_SIGNALS, self._handlers, strict=True):
+            if _get_handler(number) is not handler and handler is not None:
+                signal.signal(number, handler)
+        try:
+            if os.getcwd() == self._folder:
+                return
+        except FileNotFoundError:
+            pass
+        os.chdir(self._folder)
+
+    def _restore_environment(self) -> None:
+        now = dict(os.environ._data)  # type: ignore[attr-defined]
+        for name in now.keys() - self._environment.keys():
+            del os.environb[name]
+        for name, value in self._environment.items():
+            if now.get(name) != value:
+                os.environb[name] = value
+
+
+def task_seed(seed: int, job: str, index: int) -> int:
+    """H(seed, task): equal for all attempts of a task, on any node and under any start method; 64 bits."""
+    from _blake2 import blake2b  # hashlib would bring OpenSSL along
+
+    digest = blake2b(f"{seed}/{job}/{index}".encode(), digest_size=8, person=b"herder-seed").digest()
+    return int.from_bytes(digest, "big")
+
+
+def reseed(seed: int) -> None:
+    """Give the module-wide random streams that exist in this process this seed."""
+    if "random" in sys.modules:
+        sys.modules["random"].seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed([seed & 0xFFFFFFFF, seed >> 32])
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def sealed_memfd(content: bytes) -> int:
+    """A memory file with this content, which nobody can change any more. The descriptor is the caller's."""
+    fd = os.memfd_create("herder-result", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def flush_streams() -> None:
+    """Output is in its pipe before the result is in its socket."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            # Closed, replaced or set to None by the task: nothing of ours is in it.
+            continue
+
+
+def _exit_status(ended: SystemExit) -> int:
+    """The status with which Python would have left; a text is written to stderr, as there."""
+    code = ended.code
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    try:
+        print(code, file=sys.stderr)  # noqa: T201 - what the interpreter does with sys.exit("text")
+    except (OSError, ValueError):
+        pass
+    return 1
+
+
+def set_limit(name: str, soft: int, hard: int) -> None:
+    number = _LIMITS.get(name)
+    if number is None:
+        return
+    _, ceiling = resource.getrlimit(number)
+    if ceiling != resource.RLIM_INFINITY and os.geteuid() != 0:
+        hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
+    if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
+        soft = hard
+    resource.setrlimit(number, (soft, hard))
+
+
+def _is_retryable(error: BaseException, retry_on: Any) -> bool:
+    """Whether `retry_on` names this exception; without a filter, any."""
+    if not retry_on:
+        return True
+    try:
+        return isinstance(error, pickle.loads(retry_on))
+    except Exception:  # noqa: BLE001 - types that do not exist here cannot be what was raised here
+        return False
+
+
+def _mismatch(client: str, here: str) -> str:
+    theirs, ours = client.partition("/"), here.partition("/")
+    return (
+        f"the task's code was pickled by value under Python {theirs[0]} with cloudpickle {theirs[2]}, but its interpreter "
+        f"({sys.executable}) is Python {ours[0]} with cloudpickle {ours[2]}. Cures: name a matching interpreter "
+        "(Workload(python=...)), or put the code in a module that both can import"
+    )
+
+
+_STARTED = wire.pack({"t": "started"})
