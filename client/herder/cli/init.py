@@ -25,4 +25,5 @@ def command(name: str, addresses: tuple[str, ...], as_json: bool) -> None:
         print_json({"name": profile.name, "folder": str(profile.folder), "cluster": profile.cluster})
         return
     click.echo(f"profile {profile.name}: {profile.folder} (cluster {profile.cluster})")
-    click.echo("next: herder up --hosts HOST,HOST   starts a coordinator and agents over SSH")
+    named = "" if name == "default" else f" --profile {name}"
+    click.echo(f"next: herder up{named} --hosts HOST,HOST   starts a coordinator and agents over SSH")
