@@ -751,6 +751,7 @@ CoordinatorToAgent = (
     | Stop
     | PutBlob
     | BlobStored
+    | WantBlob
     | NoBlob
 )
 AgentToCoordinator = (
