@@ -115,10 +115,12 @@ class Session:
             AssertionError: this end may not send that now: a bug of ours.
         """
         frame = encode_frame(message)
+        kind = type(message)
         if isinstance(message, _MOVING):
+            assert (self.state, kind) in SESSION_TRANSITIONS, f"{self._end} sends {kind.__name__} when {self.state.name}"
             self._move(message)
         else:
-            assert self.state is SessionState.OPEN, f"{self._end} sends {type(message).__name__} when {self.state.name}"
+            assert self.state is SessionState.OPEN, f"{self._end} sends {kind.__name__} when {self.state.name}"
         return frame
 
     def receive(self, data: bytes | bytearray | memoryview, now_s: float) -> list[Message]:
@@ -129,9 +131,11 @@ class Session:
             Unauthorized: its role may not say this, or it is of another cluster.
             ProtocolMismatch: it speaks another version.
             Unreachable: what answered is an earlier life of the coordinator.
-                After any of them the session is ENDED for receiving; `Refused` may still be sent.
+                After any of them nothing more may be received; the acceptor may still send `Refused`.
         """
         self.last_heard_s = now_s
+        if self.state is SessionState.ENDED:
+            return []
         messages: list[Message] = []
         for body in self._frames.feed(data):
             if self.state is SessionState.OPEN:

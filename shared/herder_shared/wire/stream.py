@@ -221,8 +221,8 @@ class _Connection(asyncio.Protocol):
         if reason:
             _log.debug("closing the link with %s: %s", self._who(), reason)
         self._flush()
-        self._linger()
         self._end(None)
+        self._linger()
 
     def abort(self, error: HerderError | None = None) -> None:
         """End at once, whatever waits."""
@@ -277,8 +277,8 @@ class _Connection(asyncio.Protocol):
         if plain and self._session is not None and not self.is_ended:
             self._hear(self._session, plain)
         if ended and not self.is_ended:
-            self._linger()
             self._end(None)
+            self._linger()
 
     def _hear(self, session: Session, plain: bytes) -> None:
         was_open = session.state is SessionState.OPEN
@@ -288,8 +288,8 @@ class _Connection(asyncio.Protocol):
         if messages and self.link is not None and not self.is_ended:
             self._observer.received(self.link, messages)
         if session.refused is not None and not self.is_ended:
-            self._linger()
             self._end(error_of(session.refused))
+            self._linger()
 
     def _open(self, peer: Peer) -> None:
         assert self._session is not None
@@ -321,8 +321,11 @@ class _Connection(asyncio.Protocol):
             return
         if self._pipe.is_secured:
             self._write(self._pipe.end())
-        if self._transport.can_write_eof():
+        try:
             self._transport.write_eof()
+        except OSError:  # the peer has reset the connection: nobody is left to hear the rest
+            self._transport.abort()
+            return
         if self._paused_s is not None:
             self._transport.resume_reading()
         self._linger_timer = self._loop.call_later(_LINGER_S, self._transport.abort)
@@ -406,8 +409,8 @@ class _Accepted(_Connection):
         if self._session is not None and self._session.state is not SessionState.ENDED:
             self.send(refusal(error))
             self._flush()
-        self._linger()
         self._end(error)
+        self._linger()
 
 
 class Acceptor:
@@ -561,8 +564,8 @@ class _Dialled(_Connection):
         self._open(peer_of(self._pipe.ssl_object))
 
     def _fail(self, error: HerderError) -> None:
-        self._linger()
         self._end(error)
+        self._linger()
 
     def _beat(self) -> None:
         if self.is_ended or self.link is None:
