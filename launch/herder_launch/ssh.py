@@ -205,8 +205,6 @@ def _read_all(receive: object, into: list[bytes], *, strict: bool = False) -> No
 
 def _connect(name: str, target: Target, via: paramiko.SSHClient | None) -> paramiko.SSHClient:
     known = lookup(target.known_hosts, known_name(target.host_key_alias or target.host, target.port))
-    if not known.keys:
-        raise ConnectFailed(name, _unknown_host(target, has_authority=known.has_authority))
     for attempt in range(1, TRIES_MAX + 1):
         client = paramiko.SSHClient()  # its policy for unknown host keys is to refuse them
         spelled = known_name(target.host, target.port)
@@ -214,6 +212,9 @@ def _connect(name: str, target: Target, via: paramiko.SSHClient | None) -> param
             _add_key(client, spelled, kind, key)
         try:
             sock = _direct(target) if via is None else _through(via, target)
+            if not known.keys:  # said only of a host that answers: else that is what is wrong with it
+                sock.close()
+                raise ConnectFailed(name, _unknown_host(target, has_authority=known.has_authority))
             _log_in(client, target, sock)
         except paramiko.BadHostKeyException as error:
             client.close()

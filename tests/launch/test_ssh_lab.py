@@ -36,7 +36,7 @@ from herder_launch.ssh import Connection
 with Connection.open(parse_host("n1")) as connection:
     big = connection.run("head -c 1000000 /dev/zero; head -c 2000000 /dev/zero >&2; exit 7")
     echo = connection.run("wc -c", b"x" * 3_000_000)
-print(json.dumps([big.status, len(big.stdout), len(big.stderr), int(echo.stdout)]))
+print(json.dumps(list(map(str, [big.status, len(big.stdout), len(big.stderr), int(echo.stdout)]))))
 """
 
 
@@ -105,4 +105,4 @@ def test_a_host_behind_a_jump_host_is_reached_and_both_keys_are_checked(lab: Lab
 
 
 def test_much_output_on_both_streams_much_input_and_the_status_come_through(lab: Lab) -> None:
-    assert _on_desk(lab, _CONVERSE) == [7, 1_000_000, 2_000_000, 3_000_000]
+    assert _on_desk(lab, _CONVERSE) == ["7", "1000000", "2000000", "3000000"]
