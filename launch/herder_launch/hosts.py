@@ -1,18 +1,20 @@
 """Which hosts the user named: `--hosts a,user@b[1-64]:2222` and HOSTS.toml, checked, as plain data.
 
-A HOSTS.toml looks so; every key but `host` may be left out, and what stands at the top holds for all hosts::
+A HOSTS.toml looks so; every key but `name` may be left out, and `[defaults]` holds for all hosts::
 
     coordinator = "head"                    # one of the hosts, or "local"
+
+    [defaults]
+    user = "runner"
     python = "/opt/python/bin/python3.12"
-    cores = 16
 
     [[hosts]]
-    host = "n[01-64]"
+    name = "n[01-64]"                       # the node's name, and where SSH goes
 
     [[hosts]]
-    host = "big"
-    user = "alice"
     name = "big-memory"
+    host = "login.example.org"              # where SSH goes, if that is another name
+    port = 2222
     cores = 96
     memory = "1TiB"
     labels = ["highmem"]
@@ -23,7 +25,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -117,44 +119,34 @@ def load_hosts(path: Path) -> HostList:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    entries = table.pop("hosts", [])
+    _refuse_unknown(table, ("coordinator", "defaults", "hosts"), str(path))
+    entries = table.get("hosts")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f'{path}: expected at least one [[hosts]] table with a `host = "name"`')
-    coordinator = _value(table, "coordinator", str, str(path))
-    common = _settings(table, _COMMON_KEYS, str(path))
+        raise ConfigError(f'{path}: expected at least one [[hosts]] table with a `name = "node[1-20]"`')
+    defaults = table.get("defaults", {})
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path}: `defaults` must be a table")
+    common = _settings(defaults, _COMMON_KEYS, f"{path}, [defaults]")
     specs: list[HostSpec] = []
     for number, entry in enumerate(entries, 1):
         specs.extend(_entry(entry, common, f"{path}, [[hosts]] number {number}"))
-    return HostList(_checked(specs), coordinator)
+    return HostList(_checked(specs), _value(table, "coordinator", str, str(path)))
 
 
-_COMMON_KEYS: dict[str, type] = {
-    "user": str,
-    "port": int,
-    "python": str,
-    "cores": int,
-    "memory": str,
-    "gpus": int,
-    "labels": list,
-}
+_COMMON_KEYS = ("user", "port", "python", "cores", "memory", "gpus", "labels")
 
 
 def _entry(entry: dict[str, object], common: HostSpec, where: str) -> list[HostSpec]:
-    pattern = _value(entry, "host", str, where)
-    name = _value(entry, "name", str, where)
-    own = _settings(entry, {**_COMMON_KEYS, "host": str, "name": str}, where)
+    own = _merge(_settings(entry, (*_COMMON_KEYS, "host", "name"), where), common)
+    pattern, host = _value(entry, "name", str, where), _value(entry, "host", str, where)
     if pattern is None:
-        raise ConfigError(f'{where}: `host = "..."` is missing')
+        raise ConfigError(f'{where}: `name = "..."` is missing')
     found = [parse_host(each) for part in _split(pattern) for each in _expand(part)]
-    if name is not None and len(found) != 1:
-        raise ConfigError(f"{where}: `name` goes with one host, and {pattern!r} means {len(found)}")
-    return [
-        replace(
-            merged := _merge(spec, _merge(own, common)),
-            name=NodeName(name) if name is not None else merged.name,
-        )
-        for spec in found
-    ]
+    if host is None:
+        return [_merge(spec, own) for spec in found]
+    if len(found) != 1:
+        raise ConfigError(f"{where}: `host` goes with one name, and {pattern!r} means {len(found)}")
+    return [replace(_merge(parse_host(host), own), name=NodeName(found[0].host))]
 
 
 def _merge(first: HostSpec, second: HostSpec) -> HostSpec:
@@ -172,31 +164,35 @@ def _merge(first: HostSpec, second: HostSpec) -> HostSpec:
     )
 
 
-def _settings(table: dict[str, object], known: Mapping[str, type], where: str) -> HostSpec:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    labels = _value(table, "labels", list, where, keep=True) or []
+def _settings(table: dict[str, object], known: Sequence[str], where: str) -> HostSpec:
+    _refuse_unknown(table, known, where)
+    labels = _value(table, "labels", list, where) or []
     if not all(isinstance(label, str) for label in labels):
         raise ConfigError(f"{where}: `labels` must be a list of strings")
-    cores = _value(table, "cores", int, where, keep=True)
+    cores = _value(table, "cores", int, where)
     if cores is not None and cores < 1:
         raise ConfigError(f"{where}: `cores` must be at least 1, not {cores}")
     return HostSpec(
         host="",
-        user=_value(table, "user", str, where, keep=True),
-        port=_value(table, "port", int, where, keep=True),
-        python=_value(table, "python", str, where, keep=True),
+        user=_value(table, "user", str, where),
+        port=_value(table, "port", int, where),
+        python=_value(table, "python", str, where),
         cores=cores,
-        memory=_value(table, "memory", str, where, keep=True),
-        gpus=_value(table, "gpus", int, where, keep=True),
+        memory=_value(table, "memory", str, where),
+        gpus=_value(table, "gpus", int, where),
         labels=tuple(labels),
     )
 
 
-def _value(table: dict[str, object], key: str, kind: type[_T], where: str, *, keep: bool = False) -> _T | None:
-    value = table.get(key) if keep else table.pop(key, None)
+def _refuse_unknown(table: dict[str, object], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _value(table: dict[str, object], key: str, kind: type[_T], where: str) -> _T | None:
+    value = table.get(key)
     if value is None:
         return None
     if not isinstance(value, kind) or isinstance(value, bool):

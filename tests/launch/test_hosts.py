@@ -45,12 +45,12 @@ def test_what_is_no_host_is_refused_and_named(text: str, said: str) -> None:
         parse_hosts(text)
 
 
-def test_what_stands_at_the_top_of_a_file_holds_for_all_hosts_and_a_host_may_say_otherwise(tmp_path: Path) -> None:
+def test_defaults_hold_for_all_hosts_and_a_host_may_say_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "HOSTS.toml"
     path.write_text(
-        'coordinator = "n1"\ncores = 4\nuser = "bob"\nlabels = ["rack1"]\n'
-        '[[hosts]]\nhost = "n[1-2]"\n'
-        '[[hosts]]\nhost = "big"\nname = "huge"\ncores = 96\nmemory = "1TiB"\nport = 2222\n'
+        'coordinator = "n1"\n[defaults]\ncores = 4\nuser = "bob"\nlabels = ["rack1"]\n'
+        '[[hosts]]\nname = "n[1-2]"\n'
+        '[[hosts]]\nname = "huge"\nhost = "big.example.org"\ncores = 96\nmemory = "1TiB"\nport = 2222\n'
     )
     found = load_hosts(path)
     assert found.coordinator == "n1"
@@ -59,19 +59,20 @@ def test_what_stands_at_the_top_of_a_file_holds_for_all_hosts_and_a_host_may_say
         ("n2", "bob", 4, None),
         ("huge", "bob", 96, 2222),
     ]
-    assert found.hosts[2].memory == "1TiB"
+    assert (found.hosts[2].host, found.hosts[2].memory) == ("big.example.org", "1TiB")
     assert found.hosts[2].labels == ("rack1",)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[[hosts]]\nhost = "a"\ncoers = 2\n', "unknown key 'coers'; did you mean 'cores'"),
-        ('pyhton = "x"\n[[hosts]]\nhost = "a"\n', "unknown key 'pyhton'; did you mean 'python'"),
-        ('[[hosts]]\nhost = "a"\ncores = "2"\n', "`cores` must be of type int"),
-        ('[[hosts]]\nhost = "a"\ncores = true\n', "`cores` must be of type int"),
-        ('[[hosts]]\nhost = "a"\ncores = 0\n', "at least 1"),
-        ('[[hosts]]\nhost = "n[1-2]"\nname = "x"\n', "`name` goes with one host"),
+        ('[[hosts]]\nname = "a"\ncoers = 2\n', "unknown key 'coers'; did you mean 'cores'"),
+        ('[defaults]\npyhton = "x"\n[[hosts]]\nname = "a"\n', "unknown key 'pyhton'; did you mean 'python'"),
+        ('default = 1\n[[hosts]]\nname = "a"\n', "unknown key 'default'; did you mean 'defaults'"),
+        ('[[hosts]]\nname = "a"\ncores = "2"\n', "`cores` must be of type int"),
+        ('[[hosts]]\nname = "a"\ncores = true\n', "`cores` must be of type int"),
+        ('[[hosts]]\nname = "a"\ncores = 0\n', "at least 1"),
+        ('[[hosts]]\nname = "n[1-2]"\nhost = "x"\n', "`host` goes with one name"),
         ("[[hosts]]\ncores = 2\n", "is missing"),
         ("", "at least one"),
         ("[[hosts", "HOSTS.toml"),
