@@ -1,4 +1,5 @@
-"""Is this process safe to fork? Looks at its threads, descriptors, libraries and locks; says what it found, why, and the cure.
+"""Is this process safe to fork? Looks at its threads, descriptors, libraries and locks; says what it found, why, and
+the cure.
 
 Rules (measured on 50 uses of 14 libraries, on Linux with glibc):
 
@@ -38,15 +39,16 @@ _FRESH = 'or use start="fresh"'
 _IN_TASK = f"use it in the tasks instead of before them (import in preload, call in the task), {_FRESH}"
 #: Beginning of a library's name or thread's name: what it is, why it is unsafe, the cure.
 _HAZARDS = (
-    ("libgomp", "OpenMP's idle threads do not exist in a forked child, whose next parallel loop waits for them for ever",
-     "run setup with OMP_NUM_THREADS=1 (Herder sets it unless the workload's env does), or let the tasks make the first parallel call"),
+    ("libgomp", "OpenMP's idle threads do not exist in a forked child, whose next parallel loop waits for ever",
+     "run setup with OMP_NUM_THREADS=1 (the default), or make the first parallel call in the tasks"),
     ("libomp", "OpenMP's threads do not exist in a forked child", _IN_TASK),
     ("libiomp5", "OpenMP's threads do not exist in a forked child", _IN_TASK),
     ("polars", "polars' thread pool does not exist in a forked child, whose first query waits for it for ever",
      f"import polars in preload but make the first query in the task; pass frames as Arrow or numpy, {_FRESH}"),
     ("tokio-rt-worker", "the tokio runtime's threads do not exist in a forked child", _IN_TASK),
     ("async-executor", "the async executor's threads do not exist in a forked child", _IN_TASK),
-    ("cygrpc", "an open gRPC channel does not survive a fork", f"close channels at the end of setup and open them in the tasks, {_FRESH}"),
+    ("cygrpc", "an open gRPC channel does not survive a fork",
+     f"close channels at the end of setup and open them in the tasks, {_FRESH}"),
     ("libtorch", "torch's thread pools do not exist in a forked child", _IN_TASK),
     ("libc10", "torch's thread pools do not exist in a forked child", _IN_TASK),
     ("libtbb", "TBB's threads do not exist in a forked child", _IN_TASK),
@@ -56,7 +58,7 @@ _HAZARDS = (
 #: Libraries and threads that were found to cope with a fork: they look at the process id, or have handlers for it.
 _HARMLESS = ("libarrow", "jemalloc_bg_thd", "interpreter.", "libscipy_openblas", "libopenblas", "polars-ooc-clea")
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
-_EVENTS = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "anon_inode:[timerfd]", "anon_inode:[signalfd]", "anon_inode:inotify")  # fmt: skip
+_EVENTS = tuple(f"anon_inode:{kind}" for kind in ("[eventpoll]", "[eventfd]", "[timerfd]", "[signalfd]", "inotify"))
 #: Shared memory on purpose.
 _SHARED = ("/memfd:", "/dev/shm/")
 _HARMLESS_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/pts/")
@@ -107,7 +109,8 @@ def audit(own: Iterable[int], allow_threads: Iterable[str] = ()) -> Report:
         paused = system.pause_openmp(threads.libraries(system.mappings(), "libgomp"))
         report.applied.extend(f"omp_pause_resource_all on {path.rpartition('/')[2]}" for path in paused)
     if alive:
-        # Libraries with fork handlers (OpenBLAS) end their threads when the process forks: what is left is what matters.
+        # Libraries with fork handlers (OpenBLAS) end their threads when the process forks: what is left is what
+        # matters.
         before = {thread.tid: thread for thread in alive}
         probe_fork()
         alive = threads.others()
@@ -139,7 +142,7 @@ def _judge(thread: threads.Thread, allowed: list[str]) -> Finding:
     if any(name and fnmatch.fnmatchcase(name, pattern) for name in names for pattern in allowed):
         return Finding("R3", str(thread), "allowed by the workload (allow_threads)", verdict="allowed")
     if thread.is_python:
-        reason = "it does not exist in a forked child, where the locks that it holds stay locked and what it was to do never happens"
+        reason = "it does not exist in a forked child: locks that it holds stay locked, what it was to do never happens"
         cure = (
             "end it in setup (executor.shutdown(wait=True), thread.join()), start it in the tasks, "
             f'declare it harmless with allow_threads=("{thread.python_name or thread.name}",), {_FRESH}'

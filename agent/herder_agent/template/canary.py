@@ -1,8 +1,8 @@
 """A forked child that must run a trivial task and end: the proof of what the audit can only guess.
 
 The deadlock oracle. A child whose *every* thread sits in a private futex wait without time-out can never wake: whoever
-shares the futex is one of these threads. Only a signal handler could still do it, so no signal may be caught but SIGINT and
-glibc's own. Measured: 9 of 9 hangs seen in 0.1 to 0.25 s; none of 10 adversarial waits mistaken for one.
+shares the futex is one of these threads. Only a signal handler could still do it, so no signal may be caught but SIGINT
+and glibc's own. Measured: 9 of 9 hangs seen in 0.1 to 0.25 s; none of 10 adversarial waits mistaken for one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The life of a child: from `fork` (or a fresh interpreter's start) to `_exit`, one task or many.
 
 Order of a forked child (each step before what relies on it): own session · dies with the template · reaps its own
-orphans · its standard streams and the task socket, every other descriptor closed · what multiprocessing and random streams
-need after a fork · the steps that the template left out · a no-op task, which brings in the pages that a task will need ·
-tasks. Signal handlers, mask, wake-up descriptor, exit handlers and stdin were put right in the template (`seal`), once for all.
+orphans · its standard streams and the task socket, every other descriptor closed · what multiprocessing and random
+streams need after a fork · the steps that the template left out · a no-op task, which brings in the pages that a task
+will need · tasks. Signal handlers, mask, wake-up descriptor, exit handlers and stdin were put right in the template
+(`seal`), once for all.
 """
 
 from __future__ import annotations
@@ -147,8 +148,10 @@ def serve(channel: wire.Channel, runner: task.Runner, tasks_max: int) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End as a program does, but without the finalisation that touches every page: the task's threads, its exit handlers,
-    its output; then `_exit`."""
+    """End as a program does, but without the finalisation that touches every page.
+
+    Waited for or run are the task's threads, its exit handlers and its output.
+    """
     try:
         _join_threads()
         _end_multiprocessing()

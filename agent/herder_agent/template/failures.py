@@ -1,4 +1,5 @@
-"""An exception of the user's code as what the agent is told: text without our frames, and a pickle that is known to unpickle."""
+"""An exception of the user's code as what the agent is told: text without our frames, and a pickle that is known to
+unpickle."""
 
 from __future__ import annotations
 
@@ -102,9 +103,9 @@ def unpickling_message(what: str, error: BaseException) -> str:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if isinstance(error, ModuleNotFoundError):
         return (
-            f"{text}. The module {error.name!r} is not importable by {sys.executable} (Python {version}). Cures: install it "
-            "there; name an interpreter that has it (Workload(python=...)); or make its folder visible to the nodes "
-            "(Workload(working_dir=...), or a path that is the same there)"
+            f"{text}. The module {error.name!r} is not importable by {sys.executable} (Python {version}). "
+            "Cures: install it there; name an interpreter that has it (Workload(python=...)); or make its folder "
+            "visible to the nodes (Workload(working_dir=...), or a path that is the same there)"
         )
     if isinstance(error, (ImportError, AttributeError)):
         name = getattr(error, "name", None)

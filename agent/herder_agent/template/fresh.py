@@ -1,7 +1,8 @@
-"""Entry of a fresh interpreter's child: `PYTHON -P -X utf8 .../template/fresh.py FD`, FD being its end of the task socket.
+"""Entry of a fresh interpreter's child: `PYTHON -P -X utf8 .../template/fresh.py FD`, FD being its end of the task
+socket.
 
-The agent's first frame is `open`: the child preloads and runs `setup` itself, answers `idle`, and then lives as a forked
-child does (`child.serve`).
+The agent's first frame is `open`: the child preloads and runs `setup` itself, answers `idle`, and then lives as a
+forked child does (`child.serve`).
 """
 
 import sys

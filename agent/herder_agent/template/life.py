@@ -1,8 +1,9 @@
 """A template's life: open → preload step by step, audit after each → setup → audit → canary → seal → serve.
 
 The fork point. A template may fork from any state that the audit calls safe; the deepest is the best. When a later step
-(usually `setup`) made it unsafe, there is no way back in this process, so it execs itself anew, takes the steps up to the
-deepest safe one, and lets each child take the rest. When no state is safe, or a canary child fails, it says "fresh" and ends.
+(usually `setup`) made it unsafe, there is no way back in this process, so it execs itself anew, takes the steps up to
+the deepest safe one, and lets each child take the rest. When no state is safe, or a canary child fails, it says "fresh"
+and ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ CONTROL = 3
 
 
 def run(argv: list[str]) -> None:
-    """`argv`: the program, the control socket's descriptor, and in a second life the descriptor of what the first left."""
+    """`argv`: the program, the control socket's descriptor, and in a second life the descriptor of what the first
+    left."""
     began = time.monotonic()
     system.die_with(os.getppid())
     fd = int(argv[1])
@@ -44,7 +46,7 @@ def run(argv: list[str]) -> None:
         plan = None if opening.get("spawner") else Template(channel, opening, setup).build()
         if opening.get("spawner"):
             spawn.settle()
-            _send_ready(channel, opening, "fork", preload.START, "", "")
+            _send_ready(channel, opening, {"start": "fork", "fork_point": preload.START, "reason": ""})
         if plan is not None or opening.get("spawner"):
             serve.Server(channel, plan).run()
     except (BrokenPipeError, ConnectionResetError):
@@ -174,32 +176,29 @@ class Template:
         reason = self._opening.get("reason", "")
         if rest:
             reason += f" Each child takes these steps itself: {', '.join(rest)}"
-        _send_ready(self._channel, self._opening, "fork", taken[-1], reason, plan.python)
+        how = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
+        _send_ready(self._channel, self._opening, how)
         return plan
 
     def _tell_fresh(self, reason: str) -> None:
         python = preload.python_tag() if "cloudpickle" in sys.modules else ""
-        _send_ready(self._channel, self._opening, "fresh", "", reason, python)
+        how = {"start": "fresh", "fork_point": "", "reason": reason, "python": python}
+        _send_ready(self._channel, self._opening, how)
 
     def _tell_failed(self, message: str) -> None:
         self._channel.send({"t": "failed", "cause": "fork_unsafe", "message": message, "traceback": ""})
 
 
-def _send_ready(
-    channel: wire.Channel, opening: dict[str, Any], start: str, fork_point: str, reason: str, python: str
-) -> None:
-    channel.send(
-        {
-            "t": "ready",
-            "start": start,
-            "fork_point": fork_point,
-            "reason": reason,
-            "python": python or f"{sys.version_info.major}.{sys.version_info.minor}/",
-            "pid": os.getpid(),
-            "start_s": time.monotonic() - opening["began"],
-            "rss": system.memory_bytes()[0],
-        }
-    )
+def _send_ready(channel: wire.Channel, opening: dict[str, Any], how: dict[str, str]) -> None:
+    """`how`: start, fork_point, reason, python."""
+    own = f"{sys.version_info.major}.{sys.version_info.minor}/"
+    account = {
+        "python": how.get("python") or own,
+        "pid": os.getpid(),
+        "start_s": time.monotonic() - opening["began"],
+        "rss": system.memory_bytes()[0],
+    }
+    channel.send({"t": "ready", **how, **account})
 
 
 def _read_will(fd: int) -> tuple[dict[str, Any], memoryview]:

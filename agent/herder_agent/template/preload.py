@@ -79,8 +79,8 @@ class Preload:
             hint = ""
             if isinstance(error, ModuleNotFoundError):
                 hint = (
-                    f" ({error.name!r} is not importable by {sys.executable}: install it there, or name an interpreter that "
-                    "has it with Workload(python=...))"
+                    f" ({error.name!r} is not importable by {sys.executable}: install it there, or name an interpreter "
+                    "that has it with Workload(python=...))"
                 )
             message = f"preload of {name!r} failed: {failures.type_name(error)}: {failures.message_of(error)}{hint}"
             raise Broken("setup_failed", message, error) from error

@@ -3,14 +3,14 @@
     agent ── fork, exec, kill ──▶ control socket ──▶ Server ── fork ──▶ child
       ◀────── forked, exited ────                      ◀── pidfd: it ended ──
 
-Who holds which end. A child's task socket and output pipes are made here; the child's ends are closed here right after the
-fork, the agent's ends right after they were sent. So an end of file means to each side that the other is gone. The pidfd
-stays here until the child is reaped.
+Who holds which end. A child's task socket and output pipes are made here; the child's ends are closed here right after
+the fork, the agent's ends right after they were sent. So an end of file means to each side that the other is gone. The
+pidfd stays here until the child is reaped.
 
-No process id is trusted alone. A child is a zombie until it is reaped here, so its id, which is also its process group's,
-cannot have been used again when the group is killed. Orphans of a child that is gone become this process's children (it is
-a subreaper, as each child is for its own while it lives); whatever child is here that nobody knows is such an orphan, and is
-killed. `exited` is sent when the last of them is gone: then, and not before, the slot is free.
+No process id is trusted alone. A child is a zombie until it is reaped here, so its id, which is also its process
+group's, cannot have been used again when the group is killed. Orphans of a child that is gone become this process's
+children (it is a subreaper, as each child is for its own while it lives); whatever child is here that nobody knows is
+such an orphan, and is killed. `exited` is sent when the last of them is gone: then, and not before, the slot is free.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ KILL_ROUNDS_MAX = 16
 
 
 class Child:
-    """A child that has not been reaped. `failure` is the pipe that tells why an exec failed, -1 when that is settled."""
+    """A child that has not been reaped. `failure` is the pipe that tells why an exec failed, -1 when that is
+    settled."""
 
     __slots__ = ("failure", "fds", "id", "message", "pid", "pidfd")
 
@@ -128,7 +129,8 @@ class Server:
                 os.close(stdin)
 
     def _make(self, id: int, program: dict[str, Any] | None, stdin: int) -> None:  # noqa: A002
-        """Fork a child, for a task (`program` is None) or to exec. Sends `forked`, at once or when the exec is known."""
+        """Fork a child, for a task (`program` is None) or to exec. Sends `forked`, at once or when the exec is
+        known."""
         theirs: list[int] = []
         ours: list[int] = []
         try:
@@ -269,7 +271,8 @@ class Server:
             kill_tree(made.pid, signal.SIGKILL)
 
     def _score(self, adjustment: int) -> None:
-        """Children inherit the readiness to be killed for memory; setting it around a fork costs less than in each child."""
+        """Children inherit the readiness to be killed for memory; setting it around a fork costs less than in each
+        child."""
         if self._oom is not None:
             try:
                 os.pwrite(self._oom, b"%d" % adjustment, 0)

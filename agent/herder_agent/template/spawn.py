@@ -1,4 +1,5 @@
-"""Exec of a fresh interpreter or a command: what happens in the forked child until `execve`, and how its failure is told.
+"""Exec of a fresh interpreter or a command: what happens in the forked child until `execve`, and how its failure is
+told.
 
 A pipe that `execve` closes carries the failure: its end without a word means that the program runs.
 """

@@ -1,4 +1,5 @@
-"""What the standard library does not offer of Linux: prctl, fflush, madvise and openmp by `ctypes`; and short reads of /proc.
+"""What the standard library does not offer of Linux: prctl, fflush, madvise and openmp by `ctypes`; and short reads of
+/proc.
 
 `ctypes` is imported here, once, in the template: its children need `prctl`, and must not import anything themselves.
 """
@@ -65,7 +66,8 @@ def mappings() -> list[Mapping]:
 
 
 def collapse_huge_pages() -> int:
-    """Fold anonymous memory and the heap into huge pages, where the kernel can (6.1+). Returns bytes that were folded."""
+    """Fold anonymous memory and the heap into huge pages, where the kernel can (6.1+). Returns bytes that were
+    folded."""
     folded = 0
     for mapping in mappings():
         if not mapping.permissions.startswith("rw-p") or mapping.path not in ("", "[heap]"):

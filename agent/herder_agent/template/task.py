@@ -1,4 +1,5 @@
-"""Runs one task in a child: unpickle, `started`, call, pickle, `result` or `error`; then put the process back as it was.
+"""Runs one task in a child: unpickle, `started`, call, pickle, `result` or `error`; then put the process back as it
+was.
 
 A reusable child does this thousands of times a second, a forked one once with every page still to be copied: so there
 is one receive, two sends, and no system call that the task did not ask for.
@@ -54,7 +55,8 @@ class Runner:
     def __init__(self, seen: ModuleType, python: str, controller: Any = None) -> None:
         self.seen = seen
         self.python = python
-        #: A threadpoolctl controller made in the template, where threadpoolctl is installed: sets native pools' threads.
+        #: A threadpoolctl controller made in the template, where threadpoolctl is installed: sets native pools'
+        #: threads.
         self.controller = controller
         self.setup_error: dict[str, Any] | None = None
         self._functions: dict[str, Any] = {}
@@ -349,6 +351,7 @@ def sealed_memfd(content: bytes) -> int:
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
@@ -403,9 +406,9 @@ def _is_retryable(error: BaseException, retry_on: Any) -> bool:
 def _mismatch(client: str, here: str) -> str:
     theirs, ours = client.partition("/"), here.partition("/")
     return (
-        f"the task's code was pickled by value under Python {theirs[0]} with cloudpickle {theirs[2]}, but its interpreter "
-        f"({sys.executable}) is Python {ours[0]} with cloudpickle {ours[2]}. Cures: name a matching interpreter "
-        "(Workload(python=...)), or put the code in a module that both can import"
+        f"the task's code was pickled by value under Python {theirs[0]} with cloudpickle {theirs[2]}, but its "
+        f"interpreter ({sys.executable}) is Python {ours[0]} with cloudpickle {ours[2]}. Cures: name a matching "
+        "interpreter (Workload(python=...)), or put the code in a module that both can import"
     )
 
 

@@ -1,11 +1,11 @@
 """The threads of this process, each with the library that it belongs to.
 
 Theory of operation. The kernel tells a thread's name and, in /proc/self/task/TID/syscall, its stack pointer, but not
-who started it. Its stack does: the return addresses on it point into the code of the libraries that it runs, and the one
-nearest the base of the stack, apart from the C library and the like, is the one whose function the thread was started
-with. So the stack is read (/proc/self/mem) and scanned for addresses inside executable mappings. This is a heuristic
-(stale words look like return addresses; 2 of 30 threads were given a neighbour's name), which is why an unknown owner is
-not a verdict.
+who started it. Its stack does: the return addresses on it point into the code of the libraries that it runs, and the
+one nearest the base of the stack, apart from the C library and the like, is the one whose function the thread was
+started with. So the stack is read (/proc/self/mem) and scanned for addresses inside executable mappings. This is a
+heuristic (stale words look like return addresses; 2 of 30 threads were given a neighbour's name), which is why an
+unknown owner is not a verdict.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ FOLDER = Path(herder_agent.template.__file__).parent
 CLOUDPICKLE_PATH = str(Path(cloudpickle.__file__).parent.parent)
 LIMIT_S = 60.0
 HEADER = struct.Struct(">IQ")
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+)
 
 Head = dict[str, Any]
 
@@ -114,7 +116,7 @@ class Child:
             "job": "j0b",
             "index": 7,
             "node": "here",
-            "function": "f1",
+            "function": options.pop("function_id", "f1"),
             "parts": [[name, len(content)] for name, content in inline.items()],
             "fds": list(as_fds),
             "threads": 1,
@@ -126,7 +128,8 @@ class Child:
             os.close(fd)
 
     def answer(self) -> tuple[Head, Any]:
-        """The `result` with its value, or the `error` with its exception (None: did not pickle). `started` is skipped."""
+        """The `result` with its value, or the `error` with its exception (None: did not pickle). `started` is
+        skipped."""
         while True:
             head, body = self.task_socket.receive()
             if head["t"] == "started":
@@ -260,6 +263,16 @@ class Template:
         for child in self.children.values():
             assert wait_gone(child.pidfd)
             child.close()
+
+    def drop_children(self) -> None:
+        """Kill the children that are left, and forget them all."""
+        for child in self.children.values():
+            self.kill(child)
+        for child in self.children.values():
+            assert wait_gone(child.pidfd)
+            self.wait_exited(child.id)
+            child.close()
+        self.children.clear()
 
     def _expect(self, *kinds: str) -> Head:
         while True:
