@@ -1,7 +1,8 @@
 """Configuration of the three programs, and profiles: where a user's keys and addresses are.
 
-One frozen struct a program, read once in its `main.py`: TOML file, then environment, then flags; later ones win. A key that
-nobody knows is an error and not silence. This module reads files and the environment that it is given, and decides nothing else.
+One frozen struct a program, read once in its `main.py`: TOML file, then environment, then flags; later ones win. A key
+that nobody knows is an error and not silence. This module reads files and the environment that it is given, and decides
+nothing else.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """A cluster as one user knows it. In `folder`: `profile.toml`, and the folders `authority`, `coordinator`, `client`."""
+    """A cluster as one user knows it. `folder` holds `profile.toml`, `authority/`, `coordinator/` and `client/`."""
 
     name: str
     folder: Path
@@ -117,7 +118,8 @@ def load_config(
     In the environment lists are separated by commas and tables are `key=value,key=value`.
 
     Raises:
-        ConfigError: a key is unknown (the nearest known one is named), missing or of the wrong type, or `file` cannot be read.
+        ConfigError: a key is unknown (the nearest known one is named), missing or of the wrong type, or `file` cannot
+            be read.
     """
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
@@ -194,7 +196,7 @@ _PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
 def profiles_dir(environ: Mapping[str, str]) -> Path:
-    """Where profiles are: `$HERDER_PROFILES`, else `$XDG_CONFIG_HOME/herder/profiles`, else `~/.config/herder/profiles`."""
+    """Where profiles are: `$HERDER_PROFILES`, else `herder/profiles` in `$XDG_CONFIG_HOME`, else in `~/.config`."""
     if own := environ.get("HERDER_PROFILES"):
         return Path(own)
     return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "herder" / "profiles"
@@ -325,32 +327,24 @@ def _toml_string(text: str) -> str:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
+_ADDRESS = re.compile(
+    r"(?:tls://)?(?:(?:\[(?P<bracketed>[^\s/@?#\[\]]+)\]|(?P<host>[^\s:/@?#\[\]]+))(?::(?P<port>\d+))?"
+    r"|(?P<six>[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*))/?",
+    re.ASCII,
+)
+
+
 def parse_address(text: str, default_port: int) -> tuple[str, int]:
     """Read "host", "host:port", "tls://host:port" or "[ipv6]:port".
 
     Raises:
         ConfigError: it is none of them.
     """
-    rest = text.strip().removeprefix("tls://").rstrip("/")
-    if rest.startswith("["):
-        host, bracket, tail = rest[1:].partition("]")
-        colon, port = tail[:1], tail[1:]
-        bad = not bracket or (tail != "" and colon != ":")
-    elif rest.count(":") > 1:
-        host, colon, port, bad = rest, "", "", False
-    else:
-        host, colon, port = rest.partition(":")
-        bad = False
-    number = int(port) if colon and port.isascii() and port.isdigit() else default_port
-    if (
-        bad
-        or not host
-        or any(c.isspace() or c in "/@?#" for c in host)
-        or (colon and not port.isdigit())
-        or number > 65535
-    ):
+    match = _ADDRESS.fullmatch(text.strip())
+    port = int(match["port"] or default_port) if match else 0
+    if match is None or port > 65535:
         raise ConfigError(f"{text!r} is not an address: expected host:port, as in head:{default_port}")
-    return host, number
+    return match["bracketed"] or match["six"] or match["host"], port
 
 
 _UNITS = {

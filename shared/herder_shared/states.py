@@ -21,7 +21,7 @@ class Outcome(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why an attempt did not succeed, in more detail than its outcome. Decides retries, blame and the exception raised."""
+    """Why an attempt did not succeed, in more detail than its outcome. Decides retries, blame and what is raised."""
 
     EXCEPTION = "exception"
     COMMAND_EXIT = "command_exit"

@@ -1,11 +1,12 @@
 """Certificates, keys and the TLS contexts made of them: who may say what to whom.
 
-Each cluster has its own authority. A certificate's role and cluster are in its DNS name, `<role>.<cluster>.herder`, and its
-holder's name (of a node, a user) in the common name; addresses are in neither, so machines may move. An *identity* is a folder
-with `cert.pem`, `key.pem` and `ca.pem`. Both sides of a connection always show a certificate, TLS is 1.3 or nothing, and
-certificates begin a day in the past because the clocks of clusters are what they are.
+Each cluster has its own authority. A certificate's role and cluster are in its DNS name, `<role>.<cluster>.herder`, and
+its holder's name (of a node, a user) in the common name; addresses are in neither, so machines may move. An *identity*
+is a folder with `cert.pem`, `key.pem` and `ca.pem`. Both sides of a connection always show a certificate, TLS is 1.3 or
+nothing, and certificates begin a day in the past because the clocks of clusters are what they are.
 
-`cryptography` is imported where certificates are made only: connecting needs the standard library alone, and starts faster.
+`cryptography` is imported where certificates are made only: connecting needs the standard library alone, and starts
+faster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Frames: a length (32 bits, big-endian), then one message in msgpack. No I/O.
 
-The length is compared with the bound before a byte is stored for it, so a peer cannot make us reserve memory by announcing
-much; and whatever a peer's bytes are, the only error is `RemoteProtocolError`.
+The length is compared with the bound before a byte is stored for it, so a peer cannot make us reserve memory by
+announcing much; and whatever a peer's bytes are, the only error is `RemoteProtocolError`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every message, by direction. Imperative = an order; past tense = a report.
 
-Rules: frozen, tagged structs; fields are only ever added, at the end and with a default; messages and their hot parts are
-arrays on the wire. Anything that was pickled is `bytes` here and is never unpickled by coordinator or agent. Times are seconds
-measured on the machine that reports them (durations; never a clock reading), sizes bytes.
+Rules: frozen, tagged structs; fields are only ever added, at the end and with a default; messages and their hot parts
+are arrays on the wire. Anything that was pickled is `bytes` here and is never unpickled by coordinator or agent. Times
+are seconds measured on the machine that reports them (durations; never a clock reading), sizes bytes.
 
 **The way of a submission.** `OpenJob` (once), `PutBlob` for what is larger than `INLINE_BYTES_MAX`, then `SubmitTasks`
 with dense indices: `first` is the index of the first task in the message. The coordinator answers `SubmitOk(job, upto)`
@@ -493,7 +493,7 @@ class Query(_Message, frozen=True):
 
 
 class DrainNode(_Message, frozen=True):
-    """Admin or client: empty a node (`on`), or use it again."""
+    """Admin: empty a node (`on`), or use it again."""
 
     id: int
     node: NodeName
@@ -501,7 +501,7 @@ class DrainNode(_Message, frozen=True):
 
 
 class ShutDown(_Message, frozen=True):
-    """Admin or client of `herder down`: end the agents, then the coordinator, after answering. Running tasks are killed."""
+    """Admin: end the agents, then the coordinator, after answering. Running tasks are killed."""
 
     id: int
 

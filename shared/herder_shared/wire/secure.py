@@ -1,8 +1,9 @@
 """TLS as a machine without I/O: bytes of the network in, plain bytes out, and the other way round.
 
-asyncio's own TLS is not used, because what it does when a handshake fails is what we cannot have: it closes the connection
-without sending the alert that says why (CPython 3.11 `asyncio/sslproto.py`: `_do_handshake` does not flush after `SSLError`),
-and under TLS 1.3 that alert is all that a client with a wrong certificate would ever hear. Here the alert is in `outgoing()`.
+asyncio's own TLS is not used, because what it does when a handshake fails is what we cannot have: it closes the
+connection without sending the alert that says why (CPython 3.11 `asyncio/sslproto.py`: `_do_handshake` does not flush
+after `SSLError`), and under TLS 1.3 that alert is all that a client with a wrong certificate would ever hear. Here the
+alert is in `outgoing()`.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def explain_dialling(error: ssl.SSLError, address: str) -> HerderError:
         return ProtocolMismatch(f"what listens at {address} does not speak TLS 1.3: it is no Herder coordinator")
     if "ALERT" in reason and any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT")):
         return Unauthorized(
-            f"the coordinator at {address} does not accept our certificate ({reason.lower()}): it is of another cluster;"
-            " use the profile of that cluster, or that profile's address"
+            f"the coordinator at {address} does not accept our certificate ({reason.lower()}): it is of another"
+            " cluster; use the profile of that cluster, or that profile's address"
         )
     return Unreachable(f"what listens at {address} is no Herder coordinator, or the connection is disturbed: {reason}")
 

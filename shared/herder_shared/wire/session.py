@@ -1,12 +1,12 @@
 """One session between a dialler (agent or client) and the coordinator, as a machine without I/O and without a clock.
 
-Theory of operation. The dialler opens with `Hello`; the coordinator answers `Welcome` or `Refused`; nothing else is legal
-before that, and neither `Hello` nor `Welcome` afterwards. `Refused` may come at any time from the coordinator and ends the
-session. Each end accepts only the messages that the other end's *role* may send, where the acceptor takes the role from the
-certificate and never from the hello: a message of another role is `Unauthorized`, not a decoding accident.
+Theory of operation. The dialler opens with `Hello`; the coordinator answers `Welcome` or `Refused`; nothing else is
+legal before that, and neither `Hello` nor `Welcome` afterwards. `Refused` may come at any time from the coordinator and
+ends the session. Each end accepts only the messages that the other end's *role* may send, where the acceptor takes the
+role from the certificate and never from the hello: a message of another role is `Unauthorized`, not an accident.
 
-A session lasts as long as its connection. What must survive a connection is the business of `Unsettled`: messages which are
-sent again, in their first order, until the other side has said that they are durable.
+A session lasts as long as its connection. What must survive a connection is the business of `Unsettled`: messages which
+are sent again, in their first order, until the other side has said that they are durable.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class Session:
         frame = encode_frame(message)
         kind = type(message)
         if isinstance(message, _MOVING):
-            assert (self.state, kind) in SESSION_TRANSITIONS, f"{self._end} sends {kind.__name__} when {self.state.name}"
+            assert (self.state, kind) in SESSION_TRANSITIONS, (
+                f"{self._end} sends {kind.__name__} when {self.state.name}"
+            )
             self._move(message)
         else:
             assert self.state is SessionState.OPEN, f"{self._end} sends {kind.__name__} when {self.state.name}"
@@ -134,7 +136,7 @@ class Session:
                 After any of them nothing more may be received; the acceptor may still send `Refused`.
         """
         self.last_heard_s = now_s
-        if self.state is SessionState.ENDED:
+        if self._is_over():
             return []
         messages: list[Message] = []
         for body in self._frames.feed(data):
@@ -144,7 +146,7 @@ class Session:
                     self._move(message)
                 else:
                     messages.append(message)
-            elif self.state is not SessionState.ENDED:
+            elif not self._is_over():
                 self._greet(body)
         return messages
 
@@ -155,6 +157,9 @@ class Session:
     def forgive(self, stall_s: float) -> None:
         """Do not count `stall_s` of silence: it was us who did not listen (a blocked loop, a suspended machine)."""
         self.last_heard_s += stall_s
+
+    def _is_over(self) -> bool:
+        return self.state is SessionState.ENDED
 
     def _greet(self, body: memoryview) -> None:
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -28,7 +29,7 @@ messages = st.lists(
 def feed_in_pieces(stream: bytes, cuts: list[int]) -> list[object]:
     frames = FrameDecoder(FRAME_BYTES_MAX)
     edges = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
-    bodies = [body for a, b in zip(edges, edges[1:], strict=False) for body in frames.feed(stream[a:b])]
+    bodies = [body for a, b in pairwise(edges) for body in frames.feed(stream[a:b])]
     assert frames.pending_bytes == 0
     return [decode_body(CLIENT, body) for body in bodies]
 

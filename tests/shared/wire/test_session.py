@@ -94,10 +94,10 @@ def test_both_ends_are_open_after_hello_and_welcome(role: Role) -> None:
     dialler, acceptor = DiallerSession(), AcceptorSession(CLUSTER, peer(role))
     assert acceptor.receive(dialler.send(hello_for(role)), 1.0) == []
     assert acceptor.hello == hello_for(role)
-    assert acceptor.state is dialler.state is SessionState.GREETING
+    assert {acceptor.state, dialler.state} == {SessionState.GREETING}
     assert dialler.receive(acceptor.send(WELCOME) + acceptor.send(HeartbeatAck(1)), 1.0) == [HeartbeatAck(1)]
     assert dialler.welcome == WELCOME
-    assert acceptor.state is dialler.state is SessionState.OPEN
+    assert {acceptor.state, dialler.state} == {SessionState.OPEN}
     assert acceptor.receive(dialler.send(Heartbeat(2)), 1.0) == [Heartbeat(2)]
 
 
@@ -238,7 +238,7 @@ def test_a_dialler_takes_only_what_a_coordinator_sends_to_its_kind(hello: Hello,
 
 def test_messages_arrive_as_they_were_sent_in_both_directions() -> None:
     acceptor, dialler = open_acceptor("agent"), open_dialler(AGENT_HELLO)
-    up = [Sync(), AttemptsStarted(()), BlobStored(BlobId("b"), 3)]
+    up: list[Message] = [Sync(), AttemptsStarted(()), BlobStored(BlobId("b"), 3)]
     assert acceptor.receive(b"".join(map(dialler.send, up)), 0.0) == up
     assert dialler.receive(acceptor.send(Drain()), 0.0) == [Drain()]
     client = open_dialler()

@@ -24,7 +24,7 @@ from herder_shared.errors import (
     Unauthorized,
     Unreachable,
 )
-from herder_shared.ids import BlobId, ClusterId, Incarnation, NodeName
+from herder_shared.ids import BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.limits import GIB, HANDSHAKES_MAX, KIB, MIB, PROTOCOL_VERSION
 from herder_shared.wire.frame import encode_frame
 from herder_shared.wire.messages import (
@@ -34,15 +34,14 @@ from herder_shared.wire.messages import (
     Heartbeat,
     HeartbeatAck,
     Hello,
+    JobSpec,
     Message,
     NodeFacts,
     Notice,
     OpenJob,
-    JobSpec,
     PutBlob,
     Refused,
     Role,
-    Sync,
     Welcome,
     WorkloadSpec,
 )
@@ -101,6 +100,7 @@ class Server:
         self.observer = Observer()
         self.welcome: Welcome | Refused = Welcome(CLUSTER, epoch=3, session=1)
         self.hellos: list[Hello] = []
+        self.port = 0
         self.acceptor = Acceptor(
             context=tls.server_context(identity),
             cluster=CLUSTER,
@@ -118,6 +118,7 @@ class Server:
 async def serving(authority: Authority, port: int = 0, **options: Any) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
     server = Server(authority.identity("coordinator", "coordinator"), **options)
     address = await server.acceptor.listen("127.0.0.1", port)
+    server.port = address[1]
     try:
         yield server, address
     finally:
@@ -169,9 +170,11 @@ async def running(client: Client) -> AsyncIterator[Client]:
 
 @contextlib.asynccontextmanager
 async def linked(authority: Authority, **options: Any) -> AsyncIterator[tuple[Server, Link, Client, Link]]:
-    async with serving(authority, **options) as (server, address):
-        async with running(Client(authority.identity("admin", "me"), address)) as client:
-            yield server, await server.observer.link(), client, await client.observer.link()
+    async with (
+        serving(authority, **options) as (server, address),
+        running(Client(authority.identity("admin", "me"), address)) as client,
+    ):
+        yield server, await server.observer.link(), client, await client.observer.link()
 
 
 def agent_hello(node: str) -> Hello:
@@ -266,14 +269,12 @@ def test_nothing_is_heard_or_said_after_close(run: Run, authority: Authority) ->
 
 def test_the_acceptor_ends_all_links_and_gives_its_port_back(run: Run, authority: Authority) -> None:
     async def scenario() -> None:
-        async with serving(authority) as (server, address):
-            async with running(Client(authority.identity("client", "me"), address)) as client:
-                await client.observer.link()
-                await server.acceptor.close()
-                assert len(server.observer.ends) == 1
-                async with serving(authority, address[1]) as (again, _):
-                    await again.observer.link()
-                    await client.observer.link(2)
+        async with linked(authority) as (server, _, client, _):
+            await server.acceptor.close()
+            assert len(server.observer.ends) == 1
+            async with serving(authority, server.port) as (again, _):
+                await again.observer.link()
+                await client.observer.link(2)
 
     run(scenario())
 
@@ -404,6 +405,18 @@ def test_cancelling_run_closes_the_socket(run: Run, authority: Authority) -> Non
 
 
 # --- who may not ----------------------------------------------------------------------------------------------------
+
+
+async def end_of(client: Client, act: Callable[[Link], None]) -> BaseException:
+    """What `run` raises when a linked client did `act` and lost its link for that."""
+    try:
+        async with running(client):
+            act(await client.observer.link())
+            await client.observer.until(lambda: client.observer.ends)
+    except ExceptionGroup as group:
+        (error,) = group.exceptions
+        return error
+    raise AssertionError("the dialler went on")
 
 
 async def refusal_of(client: Client) -> HerderError:
@@ -539,12 +552,14 @@ def test_the_error_that_the_coordinator_names_is_raised(run: Run, authority: Aut
 def test_an_earlier_life_of_the_coordinator_is_left_and_the_current_one_found(run: Run, authority: Authority) -> None:
     async def scenario() -> None:
         hello = Hello(PROTOCOL_VERSION, CLUSTER, Incarnation("i"), epoch_seen=4)
-        async with serving(authority) as (server, address):
-            async with running(Client(authority.identity("client", "me"), address, hello=hello)) as client:
-                await client.failed.wait()
-                assert "life 3" in str(client.failures[0])
-                server.welcome = Welcome(CLUSTER, epoch=4, session=1)
-                await client.observer.link()
+        async with (
+            serving(authority) as (server, address),
+            running(Client(authority.identity("client", "me"), address, hello=hello)) as client,
+        ):
+            await client.failed.wait()
+            assert "life 3" in str(client.failures[0])
+            server.welcome = Welcome(CLUSTER, epoch=4, session=1)
+            await client.observer.link()
 
     run(scenario())
 
@@ -553,11 +568,8 @@ def test_an_agent_that_says_what_only_clients_say_is_refused_and_closed(run: Run
     async def scenario() -> None:
         async with serving(authority) as (server, address):
             client = Client(authority.identity("agent", "n1"), address, hello=agent_hello("n1"))
-            with pytest.raises(ExceptionGroup) as caught:
-                async with running(client):
-                    (await client.observer.link()).send(OpenJob(JobSpec(job_id(), "x", WorkloadSpec(workload_key()))))
-                    await client.observer.until(lambda: client.observer.ends)
-            (error,) = caught.value.exceptions
+            job = JobSpec(JobId("j" * 16), "x", WorkloadSpec(WorkloadKey("k" * 16)))
+            error = await end_of(client, lambda link: link.send(OpenJob(job)))
             assert isinstance(error, Unauthorized)
             assert "may not send OpenJob" in str(error)
             await server.observer.until(lambda: server.observer.ends)
@@ -571,11 +583,8 @@ def test_a_client_may_not_drain(run: Run, authority: Authority) -> None:
     async def scenario() -> None:
         async with serving(authority) as (server, address):
             client = Client(authority.identity("client", "user"), address)
-            with pytest.raises(ExceptionGroup) as caught:
-                async with running(client):
-                    (await client.observer.link()).send(DrainNode(1, NodeName("n1")))
-                    await client.observer.until(lambda: client.observer.ends)
-            assert isinstance(caught.value.exceptions[0], Unauthorized)
+            error = await end_of(client, lambda link: link.send(DrainNode(1, NodeName("n1"))))
+            assert isinstance(error, Unauthorized)
             assert server.observer.messages == []
 
     run(scenario())
@@ -585,13 +594,9 @@ def test_a_live_link_can_be_refused_with_the_reason(run: Run, authority: Authori
     async def scenario() -> None:
         async with serving(authority) as (server, address):
             client = Client(authority.identity("agent", "n1"), address, hello=agent_hello("n1"))
-            with pytest.raises(ExceptionGroup) as caught:
-                async with running(client):
-                    (await client.observer.link()).send(Sync())
-                    await server.observer.until(lambda: server.observer.messages)
-                    server.observer.links[0].refuse(Refused("Unauthorized", "this certificate was revoked"))
-                    await client.observer.until(lambda: client.observer.ends)
-            assert "revoked" in str(caught.value.exceptions[0])
+            refused = Refused("Unauthorized", "this certificate was revoked")
+            error = await end_of(client, lambda _: server.observer.links[0].refuse(refused))
+            assert (type(error), str(error)) == (Unauthorized, "this certificate was revoked")
 
     run(scenario())
 
@@ -809,11 +814,3 @@ def test_a_dialler_without_an_address_is_a_config_error(authority: Authority) ->
             hello=lambda: msgspec.structs.replace(agent_hello("n1")),
             observer=Observer(),
         )
-
-
-def job_id() -> Any:
-    return "j" * 16
-
-
-def workload_key() -> Any:
-    return "k" * 16
