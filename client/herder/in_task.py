@@ -1,0 +1,65 @@
+"""What a running task sees, and what a function says about itself.
+
+A child provides the module `_herder_task`; here is only the door to it, so that this module stays as light as a forked
+child needs it. (It is not called `task`: importing a submodule of that name would hide the function `herder.task`.)
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False  # `typing` is too heavy for a child
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+    from typing import Any, TypeVar
+
+    _F = TypeVar("_F", bound="Callable[..., Any]")
+
+#: Where `task_options` leaves a function's defaults for the client.
+OPTIONS_ATTRIBUTE = "__herder_options__"
+
+
+def shared() -> Any:
+    """The value of the workload's `setup`, or None when it has none.
+
+    Raises:
+        RuntimeError: not called from inside a task.
+    """
+    return _task_module("shared").shared()
+
+
+def task() -> Any:
+    """The running task: its id, attempt, node, cpus, gpus and scratch directory.
+
+    Raises:
+        RuntimeError: not called from inside a task.
+    """
+    return _task_module("task").task()
+
+
+def task_options(**options: Any) -> Callable[[_F], _F]:
+    """Fix a function's default options: `@herder.task_options(cores=2, retries=3)`.
+
+    They come before the client's own and behind those of `client.options(...)`.
+
+    Raises:
+        TypeError: an option that does not exist; the nearest one is named.
+    """
+    from herder.options import check_options
+
+    check_options(options)
+
+    def decorate(function: _F) -> _F:
+        setattr(function, OPTIONS_ATTRIBUTE, {**getattr(function, OPTIONS_ATTRIBUTE, {}), **options})
+        return function
+
+    return decorate
+
+
+def _task_module(name: str) -> ModuleType:
+    module = sys.modules.get("_herder_task")
+    if module is None:
+        raise RuntimeError(f"herder.{name}() works only inside a task: call it in a function which Herder runs")
+    return module

@@ -1,0 +1,100 @@
+"""What a connection knows of one job: how much was submitted and ended, and which events may be acknowledged.
+
+Theory of operation. A task's end must stay with the coordinator as long as somebody may still need it from there:
+while its result is fetched as a blob, and while a submission that depends on it is not acknowledged. So each end has a
+cursor, some cursors are *held*, and `AckEvents` never passes a held one. User threads claim a dependency before they
+look whether it is done; the loop's thread ends a future before it looks for claims. Either sees the other, whichever
+comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from herder_shared.errors import HerderError
+from herder_shared.ids import JobId, NodeName
+from herder_shared.wire.messages import JobSpec, TaskEnd
+
+
+class Sink(Protocol):
+    """Who gets a job's events. Called in the connection's thread; must not block."""
+
+    def started(self, tasks: Sequence[tuple[int, NodeName]]) -> None:
+        """These tasks' code runs now, on these nodes."""
+
+    def ended(self, ends: Sequence[TaskEnd]) -> None:
+        """These tasks have ended; large results are here already."""
+
+    def lost(self, first: int, error: HerderError | None) -> None:
+        """Tasks from `first` on that have not ended will get no end: `error` says why, None that they are cancelled."""
+
+
+class Track:
+    """One job as the connection follows it.
+
+    Counts that both user threads and the connection's thread change (`submitted_count`, `unresolved_count`, `claims`)
+    are changed under the connection's lock only; all else belongs to the connection's thread.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "acked",
+        "claims",
+        "closed_count",
+        "cursor",
+        "error",
+        "held",
+        "is_detached",
+        "is_observer",
+        "job",
+        "sink",
+        "spec",
+        "submitted_count",
+        "unresolved_count",
+    )
+
+    def __init__(self, job: JobId, sink: Sink, spec: JobSpec | None) -> None:
+        self.job = job
+        self.sink = sink
+        self.spec = spec
+        #: Follows a job that this connection did not submit: acknowledges nothing, holds nothing up.
+        self.is_observer = spec is None
+        self.is_detached = spec is not None and spec.detached
+        self.submitted_count = 0
+        self.unresolved_count = 0
+        self.closed_count: int | None = None
+        #: Set when the coordinator takes no more tasks of this job.
+        self.error: HerderError | None = None
+        #: The next event expected, and the one acknowledged last.
+        self.cursor = 0
+        self.acked = 0
+        #: index -> how many unacknowledged submissions depend on it.
+        self.claims: dict[int, int] = {}
+        #: index -> cursor of its end, for ends that must not be acknowledged yet.
+        self.held: dict[int, int] = {}
+
+    @property
+    def ackable(self) -> int:
+        """The cursor up to which events may be acknowledged."""
+        return min(self.held.values(), default=self.cursor)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will be heard of this job or said about it."""
+        return (
+            self.closed_count is not None and not self.unresolved_count and not self.held and self.acked == self.cursor
+        )
+
+    def claim(self, index: int) -> None:
+        """An unacknowledged submission depends on this task."""
+        self.claims[index] = self.claims.get(index, 0) + 1
+
+    def unclaim(self, index: int) -> bool:
+        """One submission less depends on it. Whether that was the last."""
+        left = self.claims.get(index, 0) - 1
+        if left > 0:
+            self.claims[index] = left
+            return False
+        self.claims.pop(index, None)
+        return True
