@@ -78,7 +78,7 @@ def _converse(pid: int, channel: wire.Channel, plan: child.Plan) -> str:
     try:
         channel.send(head, _FUNCTION + _ARGUMENTS)
         while True:
-            complaint = _wait(pid, lambda: bool(poll.poll(POLL_S * 1000)), "did not answer")
+            complaint = _wait(pid, lambda: channel.has_frame() or bool(poll.poll(POLL_S * 1000)), "did not answer")
             if complaint:
                 return complaint
             frame = channel.receive()

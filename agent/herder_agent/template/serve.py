@@ -16,16 +16,18 @@ such an orphan, and is killed. `exited` is sent when the last of them is gone: t
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import select
 import signal
 import time
 
-from . import child, spawn, system, wire
+from . import spawn, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, NoReturn
 
 #: An orphan that does not die of SIGKILL (it hangs in the kernel) holds up `exited` no longer than this.
 ORPHAN_LIMIT_S = 5.0
@@ -49,11 +51,16 @@ class Child:
 
 
 class Server:
-    """Serves `fork` (with a plan), `exec`, `kill`, `stats`, `exit`."""
+    """Serves `fork`, `exec`, `kill`, `stats`, `exit`.
 
-    def __init__(self, channel: wire.Channel, plan: child.Plan | None) -> None:
+    `become_child` is what a forked child does, given its parent and its socket and pipes; None in a spawner.
+    """
+
+    def __init__(
+        self, channel: wire.Channel, become_child: Callable[[int, tuple[int, int, int]], NoReturn] | None
+    ) -> None:
         self._channel = channel
-        self._plan = plan
+        self._become_child = become_child
         self._pid = os.getpid()
         self._poll = select.epoll()
         self._poll.register(channel.socket.fileno(), select.EPOLLIN)
@@ -134,8 +141,8 @@ class Server:
         theirs: list[int] = []
         ours: list[int] = []
         try:
-            if program is None and self._plan is None:
-                raise OSError(0, "a spawner has no workload to fork")
+            if program is None and self._become_child is None:
+                raise OSError(errno.ENOSYS, "a spawner has no workload to fork")
             if program is None or program.get("kind") == "fresh":
                 left, right = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
                 ours.append(left.detach())
@@ -156,8 +163,8 @@ class Server:
             return
         if pid == 0:
             if program is None:
-                assert self._plan is not None
-                child.run_forked(self._plan, self._pid, (theirs[0], theirs[1], theirs[2]))
+                assert self._become_child is not None
+                self._become_child(self._pid, (theirs[0], theirs[1], theirs[2]))
             channel = theirs[0] if program.get("kind") == "fresh" else -1
             spawn.run(program, self._pid, (channel, theirs[-3], theirs[-2]), stdin, theirs[-1])
         pidfd = os.pidfd_open(pid)

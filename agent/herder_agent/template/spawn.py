@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
-from . import failures, system, task
+from . import system
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def _exec(head: dict[str, Any], sockets: tuple[int, int, int], stdin: int) -> No
     if head.get("cpus"):
         os.sched_setaffinity(0, head["cpus"])
     for name, (soft, hard) in (head.get("limits") or {}).items():
-        task.set_limit(name, soft, hard)
+        system.set_limit(name, soft, hard)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -80,14 +79,4 @@ def _explain(head: dict[str, Any], error: BaseException) -> str:
         return f"cannot execute {name!r}: permission denied (is it executable?)"
     if isinstance(error, OSError):
         return f"cannot execute {name!r}: {error.strerror}"
-    return f"cannot execute {name!r}: {failures.type_name(error)}: {error}"
-
-
-def settle() -> None:
-    """Make the spawner ready to fork: as a template, without its data."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    return f"cannot execute {name!r}: {type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -16,6 +17,7 @@ HUGE_PAGE_BYTES = 2 << 20
 #: Badness added to a child, so that it dies of memory pressure before its template and the agent.
 CHILD_OOM_SCORE_ADJ = 500
 
+_LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _libc = ctypes.CDLL(None, use_errno=True)
 _prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
@@ -36,6 +38,19 @@ def die_with(parent: int) -> None:
 def become_subreaper() -> None:
     """Orphans of this process's descendants become its children, and not the agent's or init's."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def set_limit(name: str, soft: int, hard: int) -> None:
+    """Set a resource limit by its name, as far as this process may: never above a hard limit that it has."""
+    number = _LIMITS.get(name)
+    if number is None:
+        return
+    _, ceiling = resource.getrlimit(number)
+    if ceiling != resource.RLIM_INFINITY and os.geteuid() != 0:
+        hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
+    if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
+        soft = hard
+    resource.setrlimit(number, (soft, hard))
 
 
 def flush_c_stdio() -> None:

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-from . import failures, wire
+from . import failures, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ THREAD_VARIABLES = (
 #: The C functions under `signal`'s, which make an enum of each answer: forty of them are asked after each task.
 _get_handler = sys.modules["_signal"].getsignal
 _SIGNALS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
-_LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 
 
 class Exit(BaseException):
@@ -154,7 +153,7 @@ class Runner:
         limits = head.get("limits")
         if limits and limits != self._limits:
             for name, (soft, hard) in limits.items():
-                set_limit(name, soft, hard)
+                system.set_limit(name, soft, hard)
             self._limits = limits
         if bool(head.get("discard")) != self._discarding:
             self._redirect(bool(head.get("discard")))
@@ -379,18 +378,6 @@ def _exit_status(ended: SystemExit) -> int:
     except (OSError, ValueError):
         pass
     return 1
-
-
-def set_limit(name: str, soft: int, hard: int) -> None:
-    number = _LIMITS.get(name)
-    if number is None:
-        return
-    _, ceiling = resource.getrlimit(number)
-    if ceiling != resource.RLIM_INFINITY and os.geteuid() != 0:
-        hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
-    if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
-        soft = hard
-    resource.setrlimit(number, (soft, hard))
 
 
 def _is_retryable(error: BaseException, retry_on: Any) -> bool:

@@ -46,7 +46,8 @@ class Frames:
         frame = HEADER.pack(len(text), len(body)) + text + body
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         sent = self.socket.sendmsg([frame], rights)
-        self.socket.sendall(frame[sent:])
+        if sent < len(frame):
+            self.socket.sendall(frame[sent:])
 
     def receive(self, limit_s: float = LIMIT_S) -> tuple[Head, bytes]:
         """The next frame. Raises EOFError at the end, TimeoutError at the limit."""

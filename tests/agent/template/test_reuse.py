@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
 from agent.template import driver
 
 

@@ -1,0 +1,141 @@
+"""The bare template: fresh interpreters and commands, exec'd and reaped by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.template import driver
+
+
+@pytest.fixture(scope="module")
+def one_for_all() -> Iterator[driver.Template]:
+    with driver.ready(spawner=True) as running:
+        yield running
+
+
+@pytest.fixture
+def spawner(one_for_all: driver.Template) -> Iterator[driver.Template]:
+    """The node's spawner."""
+    yield one_for_all
+    one_for_all.drop_children()
+
+
+def _started(answer: driver.Child | driver.Head) -> driver.Child:
+    assert isinstance(answer, driver.Child), answer
+    return answer
+
+
+def test_command_runs_with_its_output_environment_folder_and_status(spawner: driver.Template, tmp_path: Path) -> None:
+    script = "echo $COLOUR; pwd; echo oops >&2; exit 3"
+    environment = {"PATH": os.environ["PATH"], "COLOUR": "red"}
+    child = _started(spawner.exec(["sh", "-c", script], cwd=str(tmp_path), env=environment))
+    assert child.output() == (f"red\n{tmp_path}\n", "oops\n")
+    assert os.waitstatus_to_exitcode(child.exited()["status"]) == 3
+
+
+def test_command_reads_its_stdin(spawner: driver.Template) -> None:
+    child = _started(spawner.exec(["cat"], stdin=b"given\n"))
+    assert child.output()[0] == "given\n"
+
+
+def test_command_without_stdin_reads_nothing(spawner: driver.Template) -> None:
+    assert _started(spawner.exec(["cat"])).output()[0] == ""
+
+
+def test_command_has_limits_cpus_session_and_default_signals(spawner: driver.Template) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    code = (
+        "import os, resource; print(resource.getrlimit(resource.RLIMIT_CORE), sorted(os.sched_getaffinity(0)), "
+        "os.getsid(0) == os.getpid(), sorted(os.listdir('/proc/self/fd')), "
+        "[line.split()[1] for line in open('/proc/self/status') if line.startswith(('SigIgn', 'SigBlk'))])"
+    )
+    limits = {"RLIMIT_CORE": [0, 0]}
+    # Python sets SIGPIPE and SIGXFSZ to be ignored itself: so the shell is asked.
+    child = _started(spawner.exec([sys.executable, "-c", code], cpus=[cpu], limits=limits))
+    text = child.output()[0]
+    assert text.startswith(f"(0, 0) [{cpu}] True ['0', '1', '2', '3'] ")
+    grep = _started(spawner.exec(["grep", "Sig[BI]", "/proc/self/status"]))
+    assert {line.split()[1] for line in grep.output()[0].splitlines()} == {"0" * 16}
+
+
+def test_command_that_is_not_there_is_told(spawner: driver.Template) -> None:
+    answer = spawner.exec(["no-such-command-anywhere"], env={"PATH": "/bin"})
+    assert isinstance(answer, dict)
+    assert answer["t"] == "fork_failed"
+    assert answer["message"] == "command not found: 'no-such-command-anywhere' on PATH (/bin)"
+
+
+def test_command_that_may_not_be_executed_is_told(spawner: driver.Template, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    answer = spawner.exec([str(script)])
+    assert isinstance(answer, dict)
+    assert "permission denied" in answer["message"]
+
+
+def test_missing_working_folder_is_told(spawner: driver.Template) -> None:
+    answer = spawner.exec(["true"], cwd="/no/such/folder")
+    assert isinstance(answer, dict)
+    assert answer["message"] == "cannot enter the working folder '/no/such/folder': No such file or directory"
+
+
+def test_command_is_killed_with_all_its_processes(spawner: driver.Template) -> None:
+    child = _started(spawner.exec(["sh", "-c", "setsid sleep 600 & echo $!; wait"]))
+    pid = int(os.read(child.out, 100))
+    spawner.kill(child, signal.SIGTERM)
+    assert child.exited()["status"] == signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_spawner_does_not_fork_tasks(spawner: driver.Template) -> None:
+    spawner.frames.send({"t": "fork", "n": 1, "children": [{"child": 999}]})
+    head, _ = spawner.frames.receive()
+    assert (head["t"], head["child"]) == ("fork_failed", 999)
+
+
+def test_fresh_interpreter_preloads_runs_setup_and_then_tasks(spawner: driver.Template) -> None:
+    def setup() -> int:
+        return os.getpid()
+
+    def look() -> tuple[int, int, bool]:
+        import sys
+
+        import herder
+
+        return herder.shared(), os.getpid(), "decimal" in sys.modules
+
+    import cloudpickle
+
+    child = spawner.fresh()
+    workload = {"preload": ["decimal"], "max_tasks_per_child": 2, "setup_name": "setup"}
+    head = {"t": "open", "workload": workload, "cloudpickle_path": driver.CLOUDPICKLE_PATH}
+    child.task_socket.send(head, cloudpickle.dumps(setup))
+    answer, _ = child.task_socket.receive()
+    assert answer["t"] == "idle"
+    assert answer["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}/")
+    assert child.run(look) == (child.pid, child.pid, True)
+    assert child.run(look, job="other") == (child.pid, child.pid, True)
+    assert child.exited()["status"] == 0
+
+
+def test_fresh_interpreter_whose_setup_raises_says_failed(spawner: driver.Template) -> None:
+    child = spawner.fresh()
+    workload = {"preload": ["no_such_module_anywhere"]}
+    child.task_socket.send({"t": "open", "workload": workload, "cloudpickle_path": driver.CLOUDPICKLE_PATH})
+    answer, _ = child.task_socket.receive()
+    assert (answer["t"], answer["cause"]) == ("failed", "setup_failed")
+    assert child.exited()["status"] == 0
+
+
+def test_a_spawner_imports_little() -> None:
+    with driver.ready(spawner=True) as running:
+        maps = Path(f"/proc/{running.process.pid}/maps").read_text()
+        assert "_pickle" not in maps
+        assert running.ready["start_s"] < 2
