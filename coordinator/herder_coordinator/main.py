@@ -1,0 +1,207 @@
+"""The coordinator's program: arguments → configuration → a hardened process → the server, until a signal or its end.
+
+Exit status: 0 ended as asked; 2 configuration (a file, key, address or option is wrong); 3 another coordinator holds
+the state folder; 4 the journal cannot be used or failed; 5 a bug of ours. Each with one line on stderr that says what
+to do; nothing was acknowledged that is not on disk, so starting it again goes on from there."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from herder_coordinator.journal.interface import JournalError, JournalFull, JournalLocked
+from herder_coordinator.server.server import Server
+from herder_shared.config import CoordinatorConfig, check_private_folder, default_state_dir, load_config
+from herder_shared.errors import ConfigError, HerderError
+
+log = logging.getLogger(__name__)
+
+EXIT_CONFIG = 2
+EXIT_LOCKED = 3
+EXIT_JOURNAL = 4
+EXIT_BUG = 5
+
+_PR_SET_DUMPABLE = 4
+
+
+@click.command(name="coordinator")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the same keys as the options.")
+@click.option("--identity", type=click.Path(path_type=Path), help="Folder with the coordinator's key and certificate.")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="Folder for journal and blobs.")
+@click.option("--listen", metavar="HOST:PORT", help="Address for agents and clients.")
+@click.option("--http-listen", metavar="HOST:PORT", help="Address for metrics, API and page.")
+@click.option("--lease-s", type=float, help="Seconds for which a silent agent is trusted.")
+@click.option("--reconnect-grace-s", type=float, help="Seconds for which a disconnected agent may be away.")
+@click.option("--disconnect-grace-s", type=float, help="Seconds after which a vanished client's jobs are cancelled.")
+@click.option("--heartbeat-s", type=float, help="Seconds between heartbeats.")
+@click.option("--hello-fd", type=int, help="Descriptor for one line of JSON when ready.")
+@click.option("--lifeline-fd", type=int, help="Descriptor whose end of file ends the program.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much goes to stderr.")
+def command(config: Path | None, **flags: Any) -> None:
+    """Run a coordinator in the foreground."""
+    sys.exit(_run_program(config, flags))
+
+
+def main() -> None:
+    """For `python -m herder_coordinator`."""
+    command(prog_name="herder coordinator")
+
+
+def _run_program(file: Path | None, flags: dict[str, Any]) -> int:
+    try:
+        config = _load(file, flags)
+        start_logging(config.log_level)
+        harden()
+        return _run(config)
+    except ConfigError as error:
+        return _complain(error, EXIT_CONFIG)
+    except JournalLocked as error:
+        return _complain(error, EXIT_LOCKED)
+    except JournalFull as error:
+        cure = "make room on that disk and start the coordinator again; what was acknowledged is kept"
+        return _complain(f"{error}: {cure}", EXIT_JOURNAL)
+    except JournalError as error:
+        return _complain(error, EXIT_JOURNAL)
+    except HerderError as error:
+        return _complain(error, EXIT_CONFIG)
+
+
+def _complain(error: object, status: int) -> int:
+    click.echo(f"herder coordinator: {escape(str(error))}", err=True)
+    return status
+
+
+def _load(file: Path | None, flags: dict[str, Any]) -> CoordinatorConfig:
+    if flags.get("state_dir") is None and "HERDER_COORDINATOR_STATE_DIR" not in os.environ and file is None:
+        flags["state_dir"] = default_state_dir(os.environ, os.getuid()) / "coordinator"
+    config = load_config(CoordinatorConfig, file=file, environ=os.environ, prefix="COORDINATOR", flags=flags)
+    try:
+        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the state folder {config.state_dir} cannot be made: {error}") from error
+    check_private_folder(config.state_dir, os.getuid())
+    return config
+
+
+def _run(config: CoordinatorConfig) -> int:
+    from herder_coordinator.journal.sqlite import SqliteJournal
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            runner.run(_serve(config, SqliteJournal.open))
+        except (HerderError, JournalError):
+            raise
+        except (
+            Exception
+        ):  # the top of the program: whatever it is, it is ours, and the journal has what was acknowledged
+            log.exception("a bug; what was acknowledged is safe: start the coordinator again, and please report this")
+            return EXIT_BUG
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def _serve(config: CoordinatorConfig, open_journal: Any) -> None:
+    server = Server(config, open_journal)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.end, signal.Signals(number).name)
+    if config.lifeline_fd is not None:
+        _watch_lifeline(loop, config.lifeline_fd, server)
+    try:
+        await server.run(lambda started: _say_hello(config, started))
+    finally:
+        if config.lifeline_fd is not None:
+            loop.remove_reader(config.lifeline_fd)
+
+
+def _watch_lifeline(loop: asyncio.AbstractEventLoop, fd: int, server: Server) -> None:
+    """End when whoever started us, and holds the pipe's other end, is gone."""
+
+    def readable() -> None:
+        if not os.read(fd, 4096):
+            loop.remove_reader(fd)
+            server.end("whoever started it is gone")
+
+    try:
+        os.set_blocking(fd, False)
+        os.set_inheritable(fd, False)
+        loop.add_reader(fd, readable)
+    except OSError as error:
+        raise ConfigError(f"--lifeline-fd {fd} is not an open pipe: {error}") from error
+
+
+def _say_hello(config: CoordinatorConfig, server: Server) -> None:
+    if config.hello_fd is None:
+        return
+    hello = {
+        "pid": os.getpid(),
+        "address": server.address,
+        "http": server.http.address,
+        "epoch": server.epoch,
+        "cluster": server.cluster,
+        "node": "",
+    }
+    try:
+        with os.fdopen(config.hello_fd, "w", encoding="utf-8") as pipe:
+            pipe.write(json.dumps(hello) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--hello-fd {config.hello_fd} cannot be written: {error}") from error
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def harden() -> None:
+    """Make unpickling impossible in this process, and its memory unreadable for others of the same user."""
+    sys.addaudithook(_forbid_unpickling)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _forbid_unpickling(event: str, _arguments: object) -> None:
+    if event == "pickle.find_class":
+        raise RuntimeError("the coordinator never unpickles: what users send stays bytes here")
+
+
+def escape(text: str) -> str:
+    """Text for a terminal or a log line: control characters become visible, so that no name can fake a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Lines(logging.Formatter):
+    """`2026-01-31T12:00:00.123Z warning herder.wire text`, one line each, tracebacks indented behind."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        wall = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = f"{wall}.{int(record.msecs):03d}Z {record.levelname.lower()} {record.name} {escape(record.getMessage())}"
+        if record.exc_info:
+            trace = self.formatException(record.exc_info).splitlines()
+            line += "".join(f"\n    {escape(part)}" for part in trace)
+        return line
+
+
+def start_logging(level: str) -> None:
+    """Log to stderr."""
+    stream = logging.StreamHandler()
+    stream.setFormatter(_Lines())
+    logging.basicConfig(level=level.upper(), handlers=[stream], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
