@@ -69,8 +69,8 @@ def create_authority(folder: Path, cluster: ClusterId) -> None:
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    _write(folder / AUTHORITY_KEY, _key_pem(key), 0o600)
-    _write(folder / AUTHORITY_CERTIFICATE, _sign(builder, key), 0o644)
+    _write(folder / AUTHORITY_KEY, _key_pem(key), 0o600, is_irreplaceable=True)
+    _write(folder / AUTHORITY_CERTIFICATE, _sign(builder, key), 0o644, is_irreplaceable=True)
 
 
 def issue(authority: Path, folder: Path, role: Role, name: str, days: int | None = None) -> None:
@@ -389,15 +389,19 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be made a private folder for keys: {error}") from error
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that others never see half-written, nor for a moment with a wider mode."""
+def _write(path: Path, content: bytes, mode: int, *, is_irreplaceable: bool = False) -> None:
+    """Write a file that others never see half-written, nor for a moment with a wider mode.
+
+    What can be issued again is not synced: a file that a power failure cuts short is refused with that advice.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(descriptor)
+            if is_irreplaceable:
+                file.flush()
+                os.fsync(descriptor)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

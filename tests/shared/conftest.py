@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
-from herder_shared import tls
-from herder_shared.ids import ClusterId
-from herder_shared.wire.messages import Role
-
-CLUSTER = ClusterId("c1" * 16)
-OTHER_CLUSTER = ClusterId("0d" * 16)
+from support.links import CLUSTER, OTHER_CLUSTER, Authority
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
-
-
-class Authority:
-    """A cluster's authority, which makes each identity once."""
-
-    def __init__(self, folder: Path, cluster: ClusterId) -> None:
-        self.folder = folder
-        self.cluster = cluster
-        tls.create_authority(folder / "authority", cluster)
-
-    def identity(self, role: Role, name: str, days: int | None = None) -> Path:
-        folder = self.folder / f"{role}-{name}-{days}"
-        if not folder.exists():
-            tls.issue(self.folder / "authority", folder, role, name, days)
-        return folder
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from herder_shared import tls
 from herder_shared.errors import ConfigError, Unauthorized
-from herder_shared.ids import ClusterId
 from herder_shared.wire.secure import SecurePipe
-
-CLUSTER = ClusterId("c1" * 16)
-Authority = Any
+from support.links import CLUSTER, Authority
 
 
 @pytest.fixture

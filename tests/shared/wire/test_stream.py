@@ -1,13 +1,10 @@
-"""Links over loopback with real certificates, under both event loops."""
+"""Who dials and who listens, with real certificates, under both event loops."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
-import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -20,277 +17,39 @@ from herder_shared.errors import (
     HerderError,
     JobNotFound,
     ProtocolMismatch,
-    RemoteProtocolError,
     Unauthorized,
     Unreachable,
 )
-from herder_shared.ids import BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
-from herder_shared.limits import GIB, HANDSHAKES_MAX, KIB, MIB, PROTOCOL_VERSION
+from herder_shared.ids import ClusterId, Incarnation, JobId, NodeName, WorkloadKey
+from herder_shared.limits import PROTOCOL_VERSION
 from herder_shared.wire.frame import encode_frame
 from herder_shared.wire.messages import (
-    BlobStored,
     DrainNode,
-    Goodbye,
-    Heartbeat,
     HeartbeatAck,
     Hello,
     JobSpec,
-    Message,
-    NodeFacts,
-    Notice,
     OpenJob,
-    PutBlob,
     Refused,
     Role,
     Welcome,
     WorkloadSpec,
 )
-from herder_shared.wire.stream import Acceptor, Dialler, Link
+from herder_shared.wire.stream import Dialler
+from support.links import (
+    CLUSTER,
+    Authority,
+    Client,
+    Observer,
+    Server,
+    agent_hello,
+    blob,
+    connect_raw,
+    end_of,
+    running,
+    serving,
+)
 
-Run = Callable[[Any], None]
-Authority = Any
-CLUSTER = ClusterId("c1" * 16)
-
-
-class Observer:
-    """Keeps what it is told, and lets a test wait for it."""
-
-    def __init__(self) -> None:
-        self.links: list[Link] = []
-        self.messages: list[Message] = []
-        self.ends: list[HerderError | None] = []
-        self.batches = 0
-        self.answers_heartbeats = True
-        self._changed = asyncio.Event()
-
-    def opened(self, link: Link) -> None:
-        self.links.append(link)
-        self._changed.set()
-
-    def received(self, link: Link, messages: list[Message]) -> None:
-        assert len(self.ends) < len(self.links)
-        self.batches += 1
-        for message in messages:
-            if not isinstance(message, Heartbeat):
-                self.messages.append(message)
-            elif self.answers_heartbeats:
-                link.send(HeartbeatAck(message.n))
-        self._changed.set()
-
-    def closed(self, link: Link, error: HerderError | None) -> None:
-        assert link in self.links
-        self.ends.append(error)
-        self._changed.set()
-
-    async def until(self, condition: Callable[[], object], seconds: float = 8.0) -> None:
-        async with asyncio.timeout(seconds):
-            while not condition():
-                self._changed.clear()
-                await self._changed.wait()
-
-    async def link(self, n: int = 1) -> Link:
-        await self.until(lambda: len(self.links) >= n)
-        return self.links[n - 1]
-
-
-class Server:
-    """An acceptor, and what a coordinator would answer."""
-
-    def __init__(self, identity: Path, **options: Any) -> None:
-        self.observer = Observer()
-        self.welcome: Welcome | Refused = Welcome(CLUSTER, epoch=3, session=1)
-        self.hellos: list[Hello] = []
-        self.port = 0
-        self.acceptor = Acceptor(
-            context=tls.server_context(identity),
-            cluster=CLUSTER,
-            welcome=self._welcome,
-            observer=self.observer,
-            **options,
-        )
-
-    def _welcome(self, hello: Hello, _: object) -> Welcome | Refused:
-        self.hellos.append(hello)
-        return self.welcome
-
-
-@contextlib.asynccontextmanager
-async def serving(authority: Authority, port: int = 0, **options: Any) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
-    server = Server(authority.identity("coordinator", "coordinator"), **options)
-    address = await server.acceptor.listen("127.0.0.1", port)
-    server.port = address[1]
-    try:
-        yield server, address
-    finally:
-        await server.acceptor.close()
-
-
-class Client:
-    """A dialler with its observer."""
-
-    def __init__(
-        self,
-        identity: Path,
-        *addresses: tuple[str, int],
-        hello: Hello | None = None,
-        server_name: str = "",
-        **options: Any,
-    ) -> None:
-        self.observer = Observer()
-        self.failures: list[HerderError] = []
-        self.away_s: list[float] = []
-        self.failed = asyncio.Event()
-        self.dialler = Dialler(
-            addresses=addresses,
-            context=tls.client_context(identity),
-            server_name=server_name or tls.server_name(CLUSTER),
-            hello=lambda: hello or Hello(PROTOCOL_VERSION, CLUSTER, Incarnation("i" * 16)),
-            observer=self.observer,
-            failing=self._failing,
-            backoff_s_min=0.01,
-            backoff_s_max=0.05,
-            **options,
-        )
-
-    def _failing(self, error: HerderError, away_s: float) -> None:
-        self.failures.append(error)
-        self.away_s.append(away_s)
-        self.failed.set()
-
-
-@contextlib.asynccontextmanager
-async def running(client: Client) -> AsyncIterator[Client]:
-    async with asyncio.TaskGroup() as group:
-        group.create_task(client.dialler.run())
-        try:
-            yield client
-        finally:
-            await client.dialler.close()
-
-
-@contextlib.asynccontextmanager
-async def linked(authority: Authority, **options: Any) -> AsyncIterator[tuple[Server, Link, Client, Link]]:
-    async with (
-        serving(authority, **options) as (server, address),
-        running(Client(authority.identity("admin", "me"), address)) as client,
-    ):
-        yield server, await server.observer.link(), client, await client.observer.link()
-
-
-def agent_hello(node: str) -> Hello:
-    return Hello(PROTOCOL_VERSION, CLUSTER, Incarnation("i" * 16), node=NodeFacts(NodeName(node), 2, GIB))
-
-
-def blob(n: int, size_bytes: int = 0) -> PutBlob:
-    return PutBlob(BlobId("b" * 40), n, 0, bytes(size_bytes))
-
-
-# --- the ordinary way ------------------------------------------------------------------------------------------------
-
-
-def test_a_link_knows_both_ends_and_carries_messages_both_ways(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority) as (server, there, client, here):
-            assert (there.peer.role, there.peer.name, there.peer.cluster) == ("admin", "me", CLUSTER)
-            assert (here.peer.role, here.session, here.epoch) == ("coordinator", 1, 3)
-            assert client.dialler.link is here
-            here.send(DrainNode(1, NodeName("n1")))
-            await server.observer.until(lambda: server.observer.messages)
-            there.send(Notice("info", "hello"))
-            await client.observer.until(lambda: client.observer.messages)
-            assert server.observer.messages == [DrainNode(1, NodeName("n1"))]
-            assert client.observer.messages == [Notice("info", "hello")]
-        assert client.observer.ends == [None]
-        assert client.dialler.link is None
-
-    run(scenario())
-
-
-def test_messages_of_one_turn_travel_together_and_stay_in_order(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority) as (server, _, _, here):
-            for n in range(2000):
-                here.send(blob(n))
-            await server.observer.until(lambda: len(server.observer.messages) == 2000)
-            assert server.observer.messages == [blob(n) for n in range(2000)]
-            assert server.observer.batches < 100
-
-    run(scenario())
-
-
-def test_large_messages_pass_in_both_directions_at_once(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority) as (server, there, client, here):
-            for n in range(8):
-                here.send(blob(n, 256 * KIB))
-                there.send(blob(n, 256 * KIB))
-            await server.observer.until(lambda: len(server.observer.messages) == 8)
-            await client.observer.until(lambda: len(client.observer.messages) == 8)
-            assert here.buffered_bytes == there.buffered_bytes == 0
-
-    run(scenario())
-
-
-def test_what_was_sent_before_close_arrives(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with serving(authority) as (server, address):
-            async with running(Client(authority.identity("client", "me"), address)) as client:
-                here = await client.observer.link()
-                for n in range(20):
-                    here.send(blob(n, 64 * KIB))
-                here.send(Goodbye("done"))
-                # Unread bytes at the closing side must not cost the other side what was sent (RST).
-                for n in range(20):
-                    (await server.observer.link()).send(blob(n, 64 * KIB))
-            await server.observer.until(lambda: server.observer.ends)
-            assert server.observer.messages[-1] == Goodbye("done")
-            assert len(server.observer.messages) == 21
-            assert server.observer.ends == [None]
-
-    run(scenario())
-
-
-def test_nothing_is_heard_or_said_after_close(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority) as (server, there, _, here):
-            here.send(blob(1))
-            there.close()
-            there.close()
-            there.send(Notice("info", "late"))
-            there.refuse(Refused("Unauthorized", "late"))
-            assert there.is_closed
-            assert server.observer.ends == []
-            await server.observer.until(lambda: server.observer.ends)
-            assert server.observer.ends == [None]
-            assert server.observer.messages == []
-
-    run(scenario())
-
-
-def test_the_acceptor_ends_all_links_and_gives_its_port_back(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority) as (server, _, client, _):
-            await server.acceptor.close()
-            assert len(server.observer.ends) == 1
-            async with serving(authority, server.port) as (again, _):
-                await again.observer.link()
-                await client.observer.link(2)
-
-    run(scenario())
-
-
-def test_a_paused_link_is_not_read_until_resumed(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority) as (server, there, client, here):
-            there.pause_reading()
-            here.send(blob(1))
-            there.send(Notice("info", "a"))
-            await client.observer.until(lambda: client.observer.messages)
-            assert server.observer.messages == []
-            there.resume_reading()
-            await server.observer.until(lambda: server.observer.messages)
-
-    run(scenario())
+Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 # --- reconnection and heartbeats -------------------------------------------------------------------------------------
@@ -405,18 +164,6 @@ def test_cancelling_run_closes_the_socket(run: Run, authority: Authority) -> Non
 
 
 # --- who may not ----------------------------------------------------------------------------------------------------
-
-
-async def end_of(client: Client, act: Callable[[Link], None]) -> BaseException:
-    """What `run` raises when a linked client did `act` and lost its link for that."""
-    try:
-        async with running(client):
-            act(await client.observer.link())
-            await client.observer.until(lambda: client.observer.ends)
-    except ExceptionGroup as group:
-        (error,) = group.exceptions
-        return error
-    raise AssertionError("the dialler went on")
 
 
 async def refusal_of(client: Client) -> HerderError:
@@ -613,170 +360,6 @@ def test_a_listener_that_is_no_coordinator_is_unreachable(run: Run, authority: A
             await client.failed.wait()
             assert isinstance(client.failures[0], Unreachable)
             assert "no Herder coordinator" in str(client.failures[0])
-
-    run(scenario())
-
-
-# --- hostile and broken peers ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def connect_raw(identity: Path, address: tuple[str, int]) -> Iterator[ssl.SSLSocket]:
-    """A peer with a good certificate and no manners."""
-    with socket.create_connection(address, timeout=5) as plain:
-        context = tls.client_context(identity)
-        with context.wrap_socket(
-            plain, server_hostname=tls.server_name(CLUSTER), do_handshake_on_connect=False
-        ) as peer:
-            yield peer
-
-
-async def read_to_end(peer: socket.socket) -> bytes:
-    def read() -> bytes:
-        received = b""
-        try:
-            while piece := peer.recv(65536):
-                received += piece
-        except ConnectionResetError:
-            pass
-        return received
-
-    return await asyncio.to_thread(read)
-
-
-@pytest.mark.parametrize(
-    "junk",
-    [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(64), b"\x16\x03\x01\xff\xff" + bytes(70_000), b"\x00" * 200_000],
-    ids=["http", "random", "false hello", "zeros"],
-)
-def test_bytes_that_are_no_handshake_close_the_connection(run: Run, authority: Authority, junk: bytes) -> None:
-    async def scenario() -> None:
-        async with serving(authority, handshake_timeout_s=0.5) as (server, address):
-            with socket.create_connection(address, timeout=5) as peer:
-                with contextlib.suppress(ConnectionError):
-                    await asyncio.to_thread(peer.sendall, junk)
-                await read_to_end(peer)
-            assert sum(server.acceptor.refusals.values()) == 1
-            assert server.observer.links == []
-
-    run(scenario())
-
-
-def test_a_slow_handshake_is_closed_within_its_time(run: Run, authority: Authority) -> None:
-    """Slowloris: in TCP, within TLS, and after TLS without a hello."""
-
-    async def scenario() -> None:
-        async with serving(authority, handshake_timeout_s=0.2) as (server, address):
-            with (
-                socket.create_connection(address, timeout=5) as silent,
-                socket.create_connection(address, timeout=5) as slow,
-                connect_raw(authority.identity("client", "me"), address) as quiet,
-            ):
-                slow.sendall(b"\x16\x03\x01\x02\x00\x01")
-                await asyncio.to_thread(quiet.do_handshake)
-                quiet.sendall(encode_frame(Hello(1, CLUSTER, Incarnation("i")))[:10])
-                for peer in (silent, slow, quiet):
-                    assert await read_to_end(peer) == b""
-            assert server.acceptor.refusals == {"slow handshake": 3}
-
-    run(scenario())
-
-
-def test_handshakes_beyond_the_bound_crowd_out_the_oldest_and_a_real_peer_gets_in(
-    run: Run, authority: Authority
-) -> None:
-    async def scenario() -> None:
-        async with serving(authority) as (server, address):
-            with contextlib.ExitStack() as stack:
-                idlers = [
-                    stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(HANDSHAKES_MAX + 9)
-                ]
-                async with running(Client(authority.identity("client", "me"), address)) as client:
-                    await client.observer.link()
-                assert await read_to_end(idlers[0]) == b""
-                assert server.acceptor.refusals["crowded out"] >= 9
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("before_hello", [True, False], ids=["before the hello", "on a live link"])
-def test_a_gibibyte_announced_is_refused(run: Run, authority: Authority, before_hello: bool) -> None:
-    async def scenario() -> None:
-        async with serving(authority) as (server, address):
-            with connect_raw(authority.identity("client", "me"), address) as peer:
-
-                def speak() -> None:
-                    peer.do_handshake()
-                    if not before_hello:
-                        peer.sendall(encode_frame(Hello(1, CLUSTER, Incarnation("i"))))
-                        peer.recv(65536)
-                    peer.sendall(GIB.to_bytes(4, "big") + bytes(1000))
-
-                await asyncio.to_thread(speak)
-                assert b"1073741824" in await read_to_end(peer)
-            assert server.acceptor.refusals["RemoteProtocolError"] == 1
-            if not before_hello:
-                await server.observer.until(lambda: server.observer.ends)
-                assert isinstance(server.observer.ends[0], RemoteProtocolError)
-
-    run(scenario())
-
-
-def test_a_million_messages_before_the_hello_is_answered_are_not_listened_to(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with serving(authority) as (server, address):
-            with connect_raw(authority.identity("client", "me"), address) as peer:
-
-                def flood() -> None:
-                    peer.do_handshake()
-                    with contextlib.suppress(ConnectionError, ssl.SSLError):
-                        peer.sendall(encode_frame(Goodbye()) * 100_000)
-
-                await asyncio.to_thread(flood)
-                with contextlib.suppress(ssl.SSLError):
-                    await read_to_end(peer)
-            assert server.acceptor.refusals == {"RemoteProtocolError": 1}
-
-    run(scenario())
-
-
-def test_a_peer_that_does_not_read_is_dropped_at_the_bound(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with linked(authority, send_buffer_bytes_max=4 * MIB) as (server, there, client, here):
-            here.pause_reading()
-            highest_bytes = 0
-            for n in range(400):
-                there.send(blob(n, 256 * KIB))
-                highest_bytes = max(highest_bytes, there.buffered_bytes)
-                if there.is_closed:
-                    break
-                await asyncio.sleep(0)
-            await server.observer.until(lambda: server.observer.ends)
-            assert "does not read" in str(server.observer.ends[0])
-            assert highest_bytes < 6 * MIB
-            here.resume_reading()
-            await client.observer.link(2)
-
-    run(scenario())
-
-
-def test_a_connection_cut_in_a_frame_is_unreachable_for_the_other_side(run: Run, authority: Authority) -> None:
-    async def scenario() -> None:
-        async with serving(authority) as (server, address):
-            with connect_raw(authority.identity("client", "me"), address) as peer:
-
-                def speak() -> None:
-                    peer.do_handshake()
-                    peer.sendall(encode_frame(Hello(1, CLUSTER, Incarnation("i"))))
-                    peer.recv(65536)
-                    peer.sendall(encode_frame(BlobStored(BlobId("b"), 1)) + encode_frame(Goodbye())[:5])
-
-                await asyncio.to_thread(speak)
-                await server.observer.until(lambda: server.observer.messages)
-                peer.shutdown(socket.SHUT_RDWR)
-                await server.observer.until(lambda: server.observer.ends)
-            assert server.observer.messages == [BlobStored(BlobId("b"), 1)]
-            assert isinstance(server.observer.ends[0], Unreachable)
 
     run(scenario())
 
