@@ -1,7 +1,7 @@
 """What the journal keeps: everything durable that ever happened, as small facts which rebuild the state when replayed.
 
 Rules: frozen, tagged structs, arrays on disk; fields are only ever added, at the end and with a default. A record is
-applied by the very functions by which `step` changes the state (`core/apply.py`), so a replay cannot come out different.
+applied by the very functions by which `step` changes the state (`core/apply.py`): a replay cannot come out different.
 Nothing absolute in time is kept: leases, graces and back-offs start anew when the coordinator does.
 
 A snapshot is a list of the same records, with a few more kinds (`…Restored`) for what history alone explains.
@@ -142,7 +142,8 @@ class JobRestored(_Record, frozen=True):
 
 
 class TasksRestored(_Record, frozen=True):
-    """Tasks of one chunk as of the snapshot: `outcomes` has a byte for each (0: not ended), `tasks` None where ended."""
+    """Tasks of one chunk as of the snapshot: `outcomes` has a byte for each (0: not ended), `tasks` None where ended;
+    no `tasks` at all means that all have."""
 
     job: JobId
     first: int
@@ -202,3 +203,6 @@ Record = (
     | CancelKept
     | JobSummarized
 )
+
+#: What stands before the tasks' own history in a snapshot: until all of these are read, values may be missing.
+RESTORED = (EpochStarted, FunctionKept, JobRestored, TasksRestored, EndsRestored, DependencyKept, JobSummarized)

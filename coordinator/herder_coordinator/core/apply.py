@@ -1,0 +1,670 @@
+"""How the state changes: one function for each thing that can become true, used by `step` and by the replay alike.
+
+These functions decide nothing and know no effects. What needs a decision afterwards (a dependant whose last dependency
+ended, a blob that nobody needs) is noted in `State.loose` and `State.unused`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import assert_never
+
+from herder_coordinator.core import placement, records, views
+from herder_coordinator.core.lease import FORGET_S
+from herder_coordinator.core.state import (
+    OUTCOME_CODES,
+    OUTCOMES,
+    Chunk,
+    Client,
+    Feed,
+    Group,
+    GroupKey,
+    Job,
+    KeptFunction,
+    KeptWorkload,
+    Node,
+    State,
+    Task,
+    TaskKey,
+)
+from herder_shared import limits
+from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
+from herder_shared.states import TASK_TRANSITIONS, AgentState, Outcome, TaskState
+from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem
+
+#: Bytes of acknowledged terminal records (their logs and values) that are kept for `herder logs` and late dependants.
+RECENT_BYTES_MAX = 64 * limits.MIB
+RECENT_ENDS_MAX = 100_000
+#: What a record costs in memory beside its bytes.
+END_OVERHEAD_BYTES = 600
+#: Workloads and paces of workloads that no job uses.
+WORKLOADS_KEPT_MAX = 1_000
+PACES_MAX = 2_000
+
+
+# --- blobs, functions ------------------------------------------------------------------------------------------------
+
+
+def use_blob(state: State, blob: BlobId) -> None:
+    state.blobs[blob] = state.blobs.get(blob, 0) + 1
+
+
+def release_blob(state: State, blob: BlobId) -> None:
+    uses = state.blobs[blob] - 1
+    if uses:
+        state.blobs[blob] = uses
+    else:
+        del state.blobs[blob]
+        state.unused.append(blob)
+
+
+def keep_function(state: State, function: Function) -> None:
+    """From now on tasks may name it. A function without content is a blob of the same id."""
+    if function.id in state.functions:
+        return
+    state.functions[function.id] = KeptFunction(function)
+    state.idle_functions[function.id] = None
+    if not function.content:
+        use_blob(state, function.id)
+
+
+def drop_functions(state: State, functions: Sequence[BlobId]) -> None:
+    for function_id in functions:
+        kept = state.functions.pop(function_id)
+        del state.idle_functions[function_id]
+        if not kept.function.content:
+            release_blob(state, function_id)
+        for node in state.nodes.values():
+            for told in node.told_jobs.values():
+                told.discard(function_id)
+
+
+def _use_function(state: State, function: BlobId | None) -> None:
+    if function is not None:
+        kept = state.functions[function]
+        kept.uses += 1
+        if kept.uses == 1:
+            del state.idle_functions[function]
+
+
+def _release_function(state: State, function: BlobId | None) -> None:
+    if function is not None:
+        kept = state.functions[function]
+        kept.uses -= 1
+        if not kept.uses:
+            state.idle_functions[function] = None
+
+
+# --- clients and jobs ------------------------------------------------------------------------------------------------
+
+
+def client_of(state: State, incarnation: Incarnation, owner: str) -> Client:
+    client = state.clients.get(incarnation)
+    if client is None:
+        client = state.clients[incarnation] = Client(incarnation, owner)
+    return client
+
+
+def open_job(state: State, incarnation: Incarnation, owner: str, spec: JobSpec) -> Job:
+    options = spec.options
+    request = placement.request_of(options)
+    key = GroupKey(options.priority, owner, spec.workload.key, request, options.idempotent)
+    group = state.groups.get(key)
+    if group is None:
+        group = state.groups[key] = Group(key, state.next_number, request)
+        state.next_number += 1
+    group.jobs += 1
+    job = Job(spec=spec, client=incarnation, owner=owner, group=group, opened_s=state.now_s)
+    job.feeds[incarnation] = Feed(0, 0)
+    state.jobs[spec.job] = job
+    client = client_of(state, incarnation, owner)
+    client.jobs[spec.job] = None
+    client.watched[spec.job] = None
+    kept = state.workloads.get(spec.workload.key)
+    if kept is None:
+        _bound_workloads(state)
+        kept = state.workloads[spec.workload.key] = KeptWorkload(spec.workload)
+    kept.jobs += 1
+    return job
+
+
+def _bound_workloads(state: State) -> None:
+    if len(state.workloads) >= WORKLOADS_KEPT_MAX:
+        for key in [key for key, kept in state.workloads.items() if not kept.jobs][: WORKLOADS_KEPT_MAX // 10]:
+            del state.workloads[key]
+
+
+def abandon_job(state: State, job: Job, after_s: float = FORGET_S) -> None:
+    """Its client is gone for good: nobody will acknowledge its records."""
+    if job.forget_s is None:
+        job.forget_s = state.now_s + after_s
+
+
+def forget_job(state: State, job: Job, info: JobInfo) -> None:
+    for end in job.ends:
+        if end.result is not None and end.result.blob is not None:
+            release_blob(state, end.result.blob)
+    group = job.group
+    group.jobs -= 1
+    if not group.jobs:
+        del state.groups[group.key]
+    kept = state.workloads.get(job.spec.workload.key)
+    if kept is not None:
+        kept.jobs -= 1
+    del state.jobs[job.id]
+    for incarnation in job.feeds:
+        client = state.clients.get(incarnation)
+        if client is not None:
+            client.watched.pop(job.id, None)
+            client.jobs.pop(job.id, None)
+    summarize(state, info)
+
+
+def summarize(state: State, info: JobInfo) -> None:
+    state.summaries[info.job] = info
+    while len(state.summaries) > limits.ENDED_JOBS_MAX:
+        del state.summaries[next(iter(state.summaries))]
+
+
+# --- tasks come ------------------------------------------------------------------------------------------------------
+
+
+def add_tasks(
+    state: State, job: Job, first: int, *, function: BlobId | None, tasks: Sequence[TaskItem | None], python: str
+) -> None:
+    """Append tasks (None: has ended, from a snapshot). Invariant: `first` is the job's count."""
+    assert first == job.count
+    job.count += len(tasks)
+    job.outcomes.extend(bytes(len(tasks)))
+    plain: list[TaskItem | None] = list(tasks)
+    chunk = Chunk(job, first, plain, function, python, state.now_s, state.next_number, 0, len(plain))
+    state.next_number += 1
+    for offset, item in enumerate(tasks):
+        if item is None:
+            chunk.left -= 1
+            continue
+        if item.args.blob is not None:
+            use_blob(state, item.args.blob)
+        if item.deps:
+            plain[offset] = None
+            chunk.left -= 1
+            task = Task(job, first + offset, item, function, python, TaskState.WAITING, state.now_s)
+            _use_function(state, function)
+            job.tasks[task.index] = task
+            state.loose.append(task)
+    if chunk.left:
+        _use_function(state, function)
+        job.chunks.append(chunk)
+        job.pending += chunk.left
+        job.group.chunks.append(chunk)
+        _add_pending(state, job.group, chunk.left)
+
+
+def _add_pending(state: State, group: Group, count: int) -> None:
+    group.pending += count
+    if group.pending:
+        state.busy[group.key] = group
+    else:
+        state.busy.pop(group.key, None)
+
+
+def take(state: State, chunk: Chunk, offset: int) -> Task:
+    """Make an object of an entry of a chunk. The caller gives it a place at once."""
+    item = chunk.tasks[offset]
+    assert item is not None
+    job = chunk.job
+    index = chunk.first + offset
+    task = Task(job, index, item, chunk.function, chunk.python, TaskState.PENDING, chunk.since_s)
+    job.tasks[index] = task
+    _use_function(state, chunk.function)
+    _leave_chunk(state, chunk, offset)
+    return task
+
+
+def _leave_chunk(state: State, chunk: Chunk, offset: int) -> None:
+    chunk.tasks[offset] = None
+    chunk.left -= 1
+    chunk.job.pending -= 1
+    _add_pending(state, chunk.job.group, -1)
+    if not chunk.left:
+        _release_function(state, chunk.function)
+        job = chunk.job
+        job.dead += 1
+        if (job.dead > 32 and job.dead * 2 > len(job.chunks)) or job.dead == len(job.chunks):
+            job.chunks = [one for one in job.chunks if one.left]
+            job.dead = 0
+
+
+def chunk_of(job: Job, index: int) -> tuple[Chunk, int] | None:
+    """The chunk in which the task is pending, and its place there."""
+    place = bisect_right(job.chunks, index, key=_first_of) - 1
+    if place < 0:
+        return None
+    chunk = job.chunks[place]
+    offset = index - chunk.first
+    if offset >= len(chunk.tasks) or chunk.tasks[offset] is None:
+        return None
+    return chunk, offset
+
+
+def _first_of(chunk: Chunk) -> int:
+    return chunk.first
+
+
+def task_of(state: State, job: Job, index: int) -> Task | None:
+    """The object of an unended task, made on the spot (and not yet in any place) if it was an entry of a chunk."""
+    task = job.tasks.get(index)
+    if task is None:
+        found = chunk_of(job, index)
+        if found is not None:
+            task = take(state, *found)
+    return task
+
+
+# --- dependencies ----------------------------------------------------------------------------------------------------
+
+
+def resolve(state: State, task: Task) -> None:
+    """Find what a waiting task waits for: values that exist, tasks that have not ended, one that can give nothing."""
+    task.values = {}
+    for key in task.item.deps:
+        if key in task.values:
+            continue
+        job = state.jobs.get(key[0])
+        later = job is task.job and key[1] >= task.index
+        if job is not None and key[1] < job.count and not later and not job.outcomes[key[1]]:
+            task.waiting += 1
+            state.dependants.setdefault(key, []).append(task)
+            task.values[key] = Payload()
+        else:
+            value = value_of(state, key)
+            if value is None:
+                task.broken = task.broken or key
+            else:
+                _give_value(state, task, key, value)
+
+
+def value_of(state: State, key: TaskKey) -> Payload | None:
+    """What an ended task returned, if it succeeded and its value is still here."""
+    job = state.jobs.get(key[0])
+    end = (job.kept.get(key[1]) if job is not None else None) or state.recent.get(key)
+    if end is not None:
+        return (end.result or Payload()) if end.outcome is Outcome.SUCCEEDED else None
+    return state.restored_values.get(key)
+
+
+def _give_value(state: State, task: Task, key: TaskKey, value: Payload) -> None:
+    assert task.values is not None
+    task.values[key] = value
+    if value.blob is not None:
+        use_blob(state, value.blob)
+
+
+def _tell_dependants(state: State, key: TaskKey, end: TaskEnd) -> None:
+    for task in state.dependants.pop(key, ()):
+        task.waiting -= 1
+        if end.outcome is Outcome.SUCCEEDED:
+            _give_value(state, task, key, end.result or Payload())
+        else:
+            task.broken = task.broken or key
+        if not task.waiting or task.broken:
+            state.loose.append(task)
+
+
+def make_ready(state: State, task: Task) -> None:
+    """All that it waited for is there."""
+    move(task, TaskState.PENDING)
+    task.since_s = state.now_s
+    queue(state, task)
+
+
+# --- a task's way ----------------------------------------------------------------------------------------------------
+
+
+def move(task: Task, to: TaskState) -> None:
+    assert to in TASK_TRANSITIONS[task.state], f"{task.job.id}.{task.index}: {task.state} to {to}"
+    task.state = to
+
+
+def queue(state: State, task: Task) -> None:
+    """Put a pending task that has no place into its group's queue."""
+    assert not task.queued
+    assert not task.delay
+    task.queued = True
+    group = task.job.group
+    (group.careful if task.avoid else group.again).append(task)
+    _add_pending(state, group, 1)
+
+
+def unplace(state: State, task: Task) -> None:
+    """Take a task out of wherever it is."""
+    if task.node is not None:
+        placement.detach(state, task.node, task.attempt)
+        task.node = None
+    elif task.queued:
+        task.queued = False
+        _add_pending(state, task.job.group, -1)
+    elif task.delay:
+        task.delay = 0
+    elif task.state is TaskState.WAITING:
+        _stop_waiting(state, task)
+
+
+def _stop_waiting(state: State, task: Task) -> None:
+    for key in task.values or ():
+        others = state.dependants.get(key)
+        if others is not None and task in others:
+            others.remove(task)
+            task.waiting -= 1
+            if not others:
+                del state.dependants[key]
+
+
+def assign(state: State, task: Task, node: Node, attempt: AttemptId, *, ordinal: int, fresh: bool) -> None:
+    """The attempt exists and is (or is about to be) on this node."""
+    unplace(state, task)
+    if task.state is not TaskState.PENDING:  # a higher attempt takes the place of the one that was known
+        move(task, TaskState.PENDING)
+    move(task, TaskState.ASSIGNED)
+    task.attempt = attempt
+    task.ordinal = ordinal
+    task.fresh = fresh
+    task.node = node
+    task.queued_s = max(0.0, state.now_s - task.since_s)
+    placement.attach(state, node, task)
+
+
+def retry(state: State, task: Task, account: records.Retry) -> None:
+    """The newest attempt was not the last: pending again, after its back-off."""
+    unplace(state, task)
+    if task.state is not TaskState.PENDING:
+        move(task, TaskState.PENDING)
+    task.since_s = state.now_s
+    task.attempt = account.attempt
+    task.ordinal = account.ordinal
+    task.failures = account.failures
+    task.crashes = account.crashes
+    task.killed_on = account.killed_on
+    task.avoid = account.avoid
+    task.fresh = account.fresh
+    task.reran = account.reran
+    if account.backoff_s > 0:
+        task.delay = state.next_number
+        state.next_number += 1
+        heapq.heappush(state.delayed, (state.now_s + account.backoff_s, task.delay, task))
+    else:
+        queue(state, task)
+
+
+def end_task(state: State, job: Job, end: TaskEnd) -> None:
+    """The terminal record. Nothing follows for this task."""
+    index = end.index
+    assert not job.outcomes[index], f"{job.id}.{index} ended twice"
+    task = job.tasks.pop(index, None)
+    if task is not None:
+        unplace(state, task)
+        task.state = TaskState.ENDED
+        item = task.item
+        _release_function(state, task.function)
+        if task.values:
+            _release_values(state, task)
+    else:
+        found = chunk_of(job, index)
+        assert found is not None
+        chunk, offset = found
+        pending_item = chunk.tasks[offset]
+        assert pending_item is not None
+        item = pending_item
+        _leave_chunk(state, chunk, offset)
+    if item.args.blob is not None:
+        release_blob(state, item.args.blob)
+    job.outcomes[index] = OUTCOME_CODES[end.outcome]
+    job.ended += 1
+    job.ended_by[end.outcome] = job.ended_by.get(end.outcome, 0) + 1
+    state.ended_total += 1
+    job.ends.append(end)
+    job.kept[index] = end
+    if end.result is not None and end.result.blob is not None:
+        use_blob(state, end.result.blob)
+    if state.dependants:
+        _tell_dependants(state, (job.id, index), end)
+
+
+def _release_values(state: State, task: Task) -> None:
+    for value in (task.values or {}).values():
+        if value.blob is not None:
+            release_blob(state, value.blob)
+
+
+def cancel_tasks(job: Job, indices: Sequence[int] | None, running: bool) -> list[int]:
+    """Mark tasks as being cancelled. Returns those without an attempt, which the caller ends (in the same records)."""
+    if indices is None:
+        job.cancelled = True
+    ready: list[int] = []
+    for index in _unended(job, indices):
+        task = job.tasks.get(index)
+        if task is None or task.node is None:
+            ready.append(index)
+        elif running:
+            task.cancel = True
+        else:
+            task.cancel_pending = True
+        if task is not None:
+            task.cancel_pending = True
+    return ready
+
+
+def _unended(job: Job, indices: Sequence[int] | None) -> list[int]:
+    if indices is None:
+        return [index for index, outcome in enumerate(job.outcomes) if not outcome]
+    return sorted({index for index in indices if 0 <= index < job.count and not job.outcomes[index]})
+
+
+# --- events acknowledged ---------------------------------------------------------------------------------------------
+
+
+def ack_events(state: State, job: Job, cursor: int) -> None:
+    """The job's own client has everything below `cursor`."""
+    job.acked = max(job.acked, min(cursor, job.cursor))
+    count = job.acked - job.base
+    if job.spec.detached or count <= 0:
+        return
+    for end in job.ends[:count]:
+        del job.kept[end.index]
+        _remember(state, (job.id, end.index), end)
+    del job.ends[:count]
+    job.base = job.acked
+
+
+def end_size_bytes(end: TaskEnd) -> int:
+    """About what a terminal record costs in memory and on the wire."""
+    size_bytes = END_OVERHEAD_BYTES
+    if end.result is not None:
+        size_bytes += len(end.result.inline)
+    if end.logs is not None:
+        size_bytes += len(end.logs.stdout) + len(end.logs.stderr)
+    if end.failure is not None:
+        size_bytes += len(end.failure.traceback) + len(end.failure.pickled or b"")
+    return size_bytes
+
+
+def _remember(state: State, key: TaskKey, end: TaskEnd) -> None:
+    state.recent[key] = end
+    state.recent_bytes += _held_bytes(end)
+    while state.recent_bytes > RECENT_BYTES_MAX or len(state.recent) > RECENT_ENDS_MAX:
+        oldest = next(iter(state.recent))
+        _drop_recent(state, oldest)
+
+
+def _held_bytes(end: TaskEnd) -> int:
+    blob_bytes = end.result.size_bytes if end.result is not None and end.result.blob is not None else 0
+    return end_size_bytes(end) + blob_bytes
+
+
+def _drop_recent(state: State, key: TaskKey) -> None:
+    end = state.recent.pop(key)
+    state.recent_bytes -= _held_bytes(end)
+    if end.result is not None and end.result.blob is not None:
+        release_blob(state, end.result.blob)
+
+
+def forget_recent(state: State) -> None:
+    """After a replay: a snapshot does not have them, so the next life must not rely on them either."""
+    for key in list(state.recent):
+        _drop_recent(state, key)
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def node_of(state: State, name: NodeName, incarnation: Incarnation) -> Node:
+    node = state.nodes.get(name)
+    if node is None:
+        node = state.nodes[name] = Node(name, incarnation, AgentState.DISCONNECTED, draining=name in state.drained)
+    return node
+
+
+def set_drain(state: State, name: NodeName, on: bool) -> None:
+    if on:
+        state.drained[name] = None
+    else:
+        state.drained.pop(name, None)
+
+
+def apply(state: State, record: records.Record) -> None:
+    """Make true again what `record` says: the whole of a replay is this, record by record."""
+    if state.loose and not isinstance(record, records.RESTORED):
+        settle_loose(state)
+    match record:
+        case records.EpochStarted() | records.JobClosed() | records.EventsAcked() | records.JobForgotten():
+            _apply_job(state, record)
+        case records.JobOpened():
+            open_job(state, record.client, record.owner, record.spec)
+        case records.FunctionKept():
+            keep_function(state, record.function)
+        case records.FunctionsDropped():
+            drop_functions(state, record.functions)
+        case records.TasksSubmitted():
+            add_tasks(
+                state,
+                state.jobs[record.job],
+                record.first,
+                function=record.function,
+                tasks=record.tasks,
+                python=record.python,
+            )
+            settle_loose(state)
+        case records.CancelRequested():
+            cancel_tasks(state.jobs[record.job], record.indices, record.running)
+        case records.AttemptsAssigned():
+            _apply_assigned(state, record)
+        case records.TasksRetried():
+            for account in record.tasks:
+                retry(state, _replayed_task(state, account.job, account.index), account)
+        case records.TasksEnded():
+            job = state.jobs[record.job]
+            assert record.cursor == job.cursor
+            for end in record.ends:
+                end_task(state, job, end)
+            settle_loose(state)
+        case records.DrainSet():
+            set_drain(state, record.node, record.on)
+        case _:
+            _apply_restored(state, record)
+
+
+def _apply_job(
+    state: State, record: records.EpochStarted | records.JobClosed | records.EventsAcked | records.JobForgotten
+) -> None:
+    match record:
+        case records.EpochStarted():
+            assert record.cluster == state.cluster
+        case records.JobClosed():
+            state.jobs[record.job].closed = True
+        case records.EventsAcked():
+            ack_events(state, state.jobs[record.job], record.cursor)
+        case records.JobForgotten():
+            job = state.jobs[record.job]
+            forget_job(state, job, views.job_info(job, state.now_s))
+        case _:
+            assert_never(record)
+
+
+def _apply_assigned(state: State, record: records.AttemptsAssigned) -> None:
+    node = node_of(state, record.node, record.incarnation)
+    if node.incarnation != record.incarnation:
+        # The attempts of the older incarnation were settled by records before this one.
+        node.incarnation = record.incarnation
+    for one in record.attempts:
+        task = _replayed_task(state, one.job, one.index)
+        assign(state, task, node, one.attempt, ordinal=one.ordinal, fresh=one.fresh)
+
+
+def _replayed_task(state: State, job: JobId, index: int) -> Task:
+    task = task_of(state, state.jobs[job], index)
+    assert task is not None, f"a record names {job}.{index}, which has ended"
+    return task
+
+
+def settle_loose(state: State) -> None:
+    """In a replay: what needs no decision. What ends for a broken dependency has its own record, or gets it later."""
+    kept: list[Task] = []
+    loose, state.loose = state.loose, []
+    for task in loose:
+        if task.state is not TaskState.WAITING:
+            continue
+        if task.values is None:
+            resolve(state, task)
+        if task.broken is not None:
+            kept.append(task)
+        elif not task.waiting:
+            make_ready(state, task)
+    state.loose = kept
+
+
+def _apply_restored(
+    state: State,
+    record: records.JobRestored
+    | records.TasksRestored
+    | records.EndsRestored
+    | records.DependencyKept
+    | records.CancelKept
+    | records.JobSummarized,
+) -> None:
+    match record:
+        case records.JobRestored():
+            job = open_job(state, record.client, record.owner, record.spec)
+            job.base = job.acked = record.cursor
+            job.feeds[record.client] = Feed(record.cursor, record.cursor)
+            job.closed, job.cancelled, job.opened_s = record.closed, record.cancelled, state.now_s - record.age_s
+        case records.TasksRestored():
+            _restore_tasks(state, record)
+        case records.EndsRestored():
+            job = state.jobs[record.job]
+            for end in record.ends:
+                job.ends.append(end)
+                job.kept[end.index] = end
+                if end.result is not None and end.result.blob is not None:
+                    use_blob(state, end.result.blob)
+        case records.DependencyKept():
+            state.restored_values[record.job, record.index] = record.value
+        case records.CancelKept():
+            cancel_tasks(state.jobs[record.job], record.indices, record.running)
+        case records.JobSummarized():
+            summarize(state, record.info)
+        case _:
+            assert_never(record)
+
+
+def _restore_tasks(state: State, record: records.TasksRestored) -> None:
+    job = state.jobs[record.job]
+    tasks = record.tasks or (None,) * len(record.outcomes)
+    add_tasks(state, job, record.first, function=record.function, tasks=tasks, python=record.python)
+    job.outcomes[record.first :] = record.outcomes
+    for code, outcome in OUTCOMES.items():
+        count = record.outcomes.count(code)
+        if count:
+            job.ended += count
+            job.ended_by[outcome] = job.ended_by.get(outcome, 0) + count

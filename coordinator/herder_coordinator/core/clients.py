@@ -1,0 +1,302 @@
+"""Clients come, open jobs, submit, cancel, read what ended, and go.
+
+Everything a client asks for may be asked for again: it repeats after each reconnection whatever was not acknowledged.
+So each of these is idempotent, by the job's id and by the tasks' dense indices, and answers what is already true.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from herder_coordinator.core import apply, events, lease, records
+from herder_coordinator.core.ends import end_cancelled
+from herder_coordinator.core.state import Client, Feed, Job, State
+from herder_coordinator.core.turn import Turn
+from herder_shared import limits
+from herder_shared.ids import BlobId, Incarnation, JobId
+from herder_shared.states import AgentState
+from herder_shared.wire.messages import CancelOk, Function, Notice, SubmitOk, TaskItem
+
+#: Jobs that one owner may have at a time which have not been forgotten.
+JOBS_MAX = 100_000
+#: Ended detached jobs, whose results nobody need ever have asked for; beyond this the oldest are given up.
+DETACHED_KEPT_MAX = limits.ENDED_JOBS_MAX
+
+Refusal = Literal["JobNotFound", "RemoteProtocolError", "Unauthorized", "PayloadTooLarge", "DataLost"]
+
+
+def connected(turn: Turn, event: events.ClientConnected) -> None:
+    """A client is there, for the first time or again: what it has been told counts only once it says so itself."""
+    client = apply.client_of(turn.state, event.client, event.owner)
+    client.session = event.session
+    client.gone_s = None
+    for job_id in client.watched:
+        feed = turn.state.jobs[job_id].feeds[event.client]
+        feed.paused = True
+
+
+def disconnected(turn: Turn, event: events.ClientDisconnected) -> None:
+    client = turn.state.clients.get(event.client)
+    if client is None or client.session != event.session:
+        return
+    client.session = 0
+    client.gone_s = turn.state.now_s + turn.state.periods.disconnect_grace_s
+    lease.alarm(turn.state, client.gone_s)
+
+
+def left(turn: Turn, event: events.ClientLeft) -> None:
+    client = turn.state.clients.get(event.client)
+    if client is not None:
+        _give_up(turn, client, 0.0)
+
+
+def check_gone(turn: Turn) -> None:
+    """Give up the jobs of clients that did not come back; forget jobs that were given up long enough ago."""
+    state = turn.state
+    for client in list(state.clients.values()):
+        if client.gone_s is not None and state.now_s >= client.gone_s:
+            _give_up(turn, client, lease.FORGET_S)
+    for job in list(state.jobs.values()):
+        if job.forget_s is not None and state.now_s >= job.forget_s:
+            forget_if_over(turn, job)
+    kept = [job for job in state.jobs.values() if job.spec.detached and job.closed and job.ended == job.count]
+    for job in kept[: max(0, len(kept) - DETACHED_KEPT_MAX)]:
+        turn.forget(job)
+
+
+def _give_up(turn: Turn, client: Client, keep_s: float) -> None:
+    """The client is gone for good: its jobs that are not detached end. They can be asked about for `keep_s`."""
+    state = turn.state
+    client.session = 0
+    client.gone_s = None
+    for job_id in list(client.jobs):
+        job = state.jobs[job_id]
+        if not job.closed:
+            job.closed = True
+            turn.record(records.JobClosed(job_id))
+        if job.spec.detached:
+            continue
+        if job.ended < job.count:
+            cancel(turn, job, None, running=True)
+        apply.abandon_job(state, job, keep_s)
+        forget_if_over(turn, job)
+    for job_id in list(client.watched):
+        if job_id not in client.jobs:
+            del state.jobs[job_id].feeds[client.incarnation]
+            del client.watched[job_id]
+    if not client.jobs:
+        del state.clients[client.incarnation]
+
+
+def forget_if_over(turn: Turn, job: Job) -> None:
+    """A closed job whose tasks have all ended is forgotten when its client has all records, or is gone for good."""
+    if job.ended < job.count or not job.closed or job.spec.detached:
+        return
+    gone = job.forget_s is not None and turn.state.now_s >= job.forget_s
+    if gone or job.acked >= job.cursor:
+        turn.forget(job)
+        client = turn.state.clients.get(job.client)
+        if gone and client is not None and not client.session and not client.jobs:
+            turn.state.clients.pop(job.client)
+
+
+# --- jobs and tasks --------------------------------------------------------------------------------------------------
+
+
+def job_opened(turn: Turn, event: events.JobOpened) -> None:
+    state = turn.state
+    spec = event.spec
+    client = state.clients.get(event.client)
+    if client is None:
+        return
+    summary = state.summaries.get(spec.job)
+    job = state.jobs.get(spec.job)
+    if job is None and summary is not None:
+        turn.to_client(event.client, SubmitOk(spec.job, summary.tasks))
+    elif job is None and len(client.jobs) >= JOBS_MAX:
+        turn.refuse(event.client, spec.job, 0, "RemoteProtocolError", f"more than {JOBS_MAX} jobs are open")
+    elif job is None:
+        turn.record(records.JobOpened(event.client, client.owner, spec))
+        apply.open_job(state, event.client, client.owner, spec)
+        turn.to_client(event.client, SubmitOk(spec.job, 0))
+    elif job.client != event.client:
+        turn.refuse(event.client, spec.job, 0, "Unauthorized", f"job {spec.job} belongs to another client")
+    else:
+        turn.to_client(event.client, SubmitOk(spec.job, job.count))
+
+
+def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int) -> Job | None:
+    """The client's own job; else it is told why not."""
+    job = turn.state.jobs.get(job_id)
+    if job is None:
+        summary = turn.state.summaries.get(job_id)
+        if summary is not None and first < summary.tasks:
+            turn.to_client(client, SubmitOk(job_id, summary.tasks))
+        else:
+            turn.refuse(client, job_id, first, "JobNotFound", f"there is no job {job_id}, or it has been forgotten")
+        return None
+    if job.client != client:
+        turn.refuse(client, job_id, first, "Unauthorized", f"job {job_id} belongs to another client")
+        return None
+    return job
+
+
+def tasks_submitted(turn: Turn, event: events.TasksSubmitted) -> None:
+    """New tasks, or a repetition: below the count there is nothing to do but to say so again."""
+    state = turn.state
+    job = _own_job(turn, event.client, event.job, event.first)
+    if job is None:
+        return
+    upto = event.first + len(event.tasks)
+    if upto <= job.count:
+        turn.to_client(event.client, SubmitOk(job.id, job.count))
+        return
+    if event.first > job.count:
+        text = f"tasks from {event.first} on of job {job.id} came, but only {job.count} before them"
+        turn.refuse(event.client, job.id, event.first, "RemoteProtocolError", text)
+        return
+    if job.closed:
+        text = f"job {job.id} was closed with {job.count} tasks"
+        turn.refuse(event.client, job.id, event.first, "RemoteProtocolError", text)
+        return
+    if upto > limits.ARRAY_TASKS_MAX:
+        text = f"a job may have at most {limits.ARRAY_TASKS_MAX} tasks"
+        turn.refuse(event.client, job.id, event.first, "PayloadTooLarge", text)
+        return
+    _accept(turn, job, event.tasks[job.count - event.first :], event.function, event.python)
+    turn.to_client(event.client, SubmitOk(job.id, job.count))
+    if not any(node.state is AgentState.READY for node in state.nodes.values()):
+        _notice_no_agents(turn, event.client)
+
+
+def _accept(turn: Turn, job: Job, tasks: tuple[TaskItem, ...], function: Function | None, python: str) -> None:
+    state = turn.state
+    first = job.count
+    name: BlobId | None = None
+    if function is not None:
+        name = function.id
+        if name not in state.functions:
+            turn.record(records.FunctionKept(function))
+            apply.keep_function(state, function)
+    turn.record(records.TasksSubmitted(job.id, first, name, tasks, python))
+    apply.add_tasks(state, job, first, function=name, tasks=tasks, python=python)
+    turn.wake = True
+    if job.cancelled:
+        for index in range(first, job.count):
+            end_cancelled(turn, job, index)
+
+
+def _notice_no_agents(turn: Turn, incarnation: Incarnation) -> None:
+    client = turn.state.clients[incarnation]
+    if not client.noticed:
+        client.noticed = True
+        text = "no agent is connected: the tasks wait until one is (see `herder nodes`, `herder up`)"
+        turn.to_client(incarnation, Notice("warning", text), durable=False)
+
+
+def job_closed(turn: Turn, event: events.JobClosed) -> None:
+    job = _own_job(turn, event.client, event.job, 0)
+    if job is None:
+        return
+    if event.count > job.count:
+        text = f"job {job.id} was to be closed with {event.count} tasks, but {job.count} came"
+        turn.refuse(event.client, job.id, job.count, "RemoteProtocolError", text)
+        return
+    if not job.closed:
+        job.closed = True
+        turn.record(records.JobClosed(job.id))
+    turn.to_client(event.client, SubmitOk(job.id, job.count))
+    forget_if_over(turn, job)
+
+
+def cancel_requested(turn: Turn, event: events.CancelRequested) -> None:
+    """Cancelling what is unknown or over is fine: nothing of it runs."""
+    state = turn.state
+    job = state.jobs.get(event.job)
+    client = state.clients.get(event.client)
+    if job is not None and client is not None:
+        if job.client != event.client and job.owner != client.owner:
+            turn.refuse(event.client, job.id, 0, "Unauthorized", f"job {job.id} belongs to {job.owner!r}")
+            return
+        cancel(turn, job, event.indices, event.running)
+    turn.to_client(event.client, CancelOk(event.job, event.indices))
+
+
+def cancel(turn: Turn, job: Job, indices: tuple[int, ...] | None, running: bool) -> None:
+    """Cancel these tasks (None: all, and what still comes): at once where no attempt exists, else through the agent."""
+    turn.record(records.CancelRequested(job.id, indices, running))
+    held = [task for task in job.tasks.values() if task.node is not None and not task.cancel]
+    for index in apply.cancel_tasks(job, indices, running):
+        end_cancelled(turn, job, index)
+    for task in held:
+        if task.cancel and task.node is not None:
+            turn.cancel(task.node, task.attempt)
+
+
+# --- what ended ------------------------------------------------------------------------------------------------------
+
+
+def attached(turn: Turn, event: events.Attached) -> None:
+    """Send the job's terminal records from the cursor on, now and in future."""
+    state = turn.state
+    job = state.jobs.get(event.job)
+    client = state.clients.get(event.client)
+    if client is None:
+        return
+    if job is None:
+        text = f"there is no job {event.job}, or it has ended and been forgotten"
+        turn.refuse(event.client, event.job, 0, "JobNotFound", text)
+        return
+    if event.cursor < job.base:
+        text = f"the first {job.base} results of job {job.id} were delivered to its client and are no longer kept"
+        turn.refuse(event.client, job.id, 0, "DataLost", text)
+        return
+    cursor = min(event.cursor, job.cursor)
+    feed = job.feeds[event.client] = Feed(cursor, cursor)
+    client.watched[job.id] = None
+    if job.client == event.client:
+        job.forget_s = None
+        client.jobs[job.id] = None
+        _acked(turn, job, cursor)
+    turn.pump(job, event.client, feed)
+
+
+def events_acked(turn: Turn, event: events.EventsAcked) -> None:
+    state = turn.state
+    job = state.jobs.get(event.job)
+    if job is None:
+        return
+    feed = job.feeds.get(event.client)
+    if feed is None:
+        return
+    cursor = min(event.cursor, job.cursor)
+    feed.acked = max(feed.acked, cursor)
+    while feed.flights and feed.flights[0][0] <= feed.acked:
+        feed.flight_bytes -= feed.flights.popleft()[1]
+    if job.client == event.client:
+        _acked(turn, job, cursor)
+    if job.id in state.jobs:
+        turn.pump(job, event.client, feed)
+
+
+def _acked(turn: Turn, job: Job, cursor: int) -> None:
+    """The job's own client has these: they need not be kept for it."""
+    if cursor <= job.acked:
+        return
+    if not job.spec.detached:
+        turn.record(records.EventsAcked(job.id, cursor))
+    apply.ack_events(turn.state, job, cursor)
+    forget_if_over(turn, job)
+
+
+def sweep(turn: Turn) -> None:
+    """After a replay: finish cancellations whose ends were in a tail that was cut."""
+    for job in list(turn.state.jobs.values()):
+        if job.cancelled and job.ended < job.count:
+            cancel(turn, job, None, running=True)
+
+
+def set_grace(state: State) -> None:
+    """After a replay: every client has the disconnect grace to be back."""
+    for client in state.clients.values():
+        client.gone_s = state.now_s + state.periods.disconnect_grace_s

@@ -1,0 +1,204 @@
+"""Which node: what fits where, who holds what, and the even spread of a group's tasks over the nodes with room.
+
+A request fits a node when its cores, memory, GPUs and named resources are free there and the node is one of those that
+the request names. Among nodes with room, those come first whose template for the workload is ready, then those that
+have nothing rarer (GPUs, named resources) than was asked for; among equals the tasks are spread so that the nodes fill
+evenly.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+from herder_coordinator.core.state import UNITS, Node, Request, State, Task
+from herder_shared import limits
+from herder_shared.ids import AttemptId, NodeName, WorkloadKey
+from herder_shared.states import AgentState
+from herder_shared.wire.messages import NodeFacts, TaskOptions
+
+
+def request_of(options: TaskOptions) -> Request:
+    """What one attempt of a task with these options holds."""
+    return Request(
+        cores=max(0, round(options.cores * UNITS)),
+        memory_bytes=max(0, options.memory_bytes),
+        gpus=max(0, options.gpus),
+        resources=tuple(sorted((name, round(amount * UNITS)) for name, amount in options.resources.items())),
+        nodes=options.nodes,
+    )
+
+
+def could_ever_fit(node: Node, request: Request) -> bool:
+    """Whether an empty `node` could run the request. True while the node's facts are not known."""
+    if request.nodes and node.labels.isdisjoint(request.nodes) and node.facts is not None:
+        return False
+    return node.facts is None or (
+        request.cores <= node.cores
+        and request.memory_bytes <= node.memory_bytes
+        and request.gpus <= node.gpus
+        and all(amount <= node.resources.get(name, 0) for name, amount in request.resources)
+    )
+
+
+def room(node: Node, request: Request, wanted: int) -> int:
+    """How many of the request fit into what is free, at most `wanted`."""
+    if request.nodes and node.labels.isdisjoint(request.nodes):
+        return 0
+    return _free_room(node, request, wanted)
+
+
+def _free_room(node: Node, request: Request, wanted: int) -> int:
+    count = wanted
+    if request.cores:
+        count = min(count, node.free_cores // request.cores)
+    if request.memory_bytes:
+        count = min(count, node.free_memory_bytes // request.memory_bytes)
+    if request.gpus:
+        count = min(count, node.free_gpus // request.gpus)
+    for name, amount in request.resources:
+        if amount:
+            count = min(count, node.free_resources.get(name, 0) // amount)
+    return max(0, count)
+
+
+def takes_attempts(node: Node) -> bool:
+    """It is connected, has told what it runs, and is not being emptied."""
+    return node.state is AgentState.READY and node.synced
+
+
+def spread(
+    nodes: Iterable[Node], workload: WorkloadKey, request: Request, wanted: int, avoid: Sequence[NodeName] = ()
+) -> list[tuple[Node, int]]:
+    """Divide up to `wanted` attempts among the nodes' free slots. Nodes in `avoid` only where nothing else has room."""
+    tiers: dict[tuple[bool, bool, bool], list[tuple[Node, int]]] = {}
+    for node in nodes:
+        fitting = room(node, request, wanted)
+        if fitting:
+            rarer = (node.gpus > 0 and not request.gpus) or (bool(node.resources) and not request.resources)
+            tier = (node.name in avoid, workload not in node.warm, rarer)
+            tiers.setdefault(tier, []).append((node, fitting))
+    shares: list[tuple[Node, int]] = []
+    for tier in sorted(tiers):
+        if wanted <= 0:
+            break
+        part = level([(node.free_cores, max(request.cores, 1), node, fitting) for node, fitting in tiers[tier]], wanted)
+        shares += part
+        wanted -= sum(count for _, count in part)
+    return shares
+
+
+def level(candidates: list[tuple[int, int, Node, int]], wanted: int) -> list[tuple[Node, int]]:
+    """Divide `wanted` over `(free, price, node, most)` so that what stays free is as even as it gets; ties in order."""
+    if len(candidates) == 1:
+        _, _, node, most = candidates[0]
+        return [(node, min(most, wanted))]
+    total = sum(most for _, _, _, most in candidates)
+    if total <= wanted:
+        return [(node, most) for _, _, node, most in candidates]
+    counts = [0] * len(candidates)
+    heap = [(-free, place) for place, (free, _, _, _) in enumerate(candidates)]
+    heapq.heapify(heap)
+    while wanted and heap:
+        minus_free, place = heap[0]
+        _, price, _, most = candidates[place]
+        counts[place] += 1
+        wanted -= 1
+        if counts[place] < most:
+            heapq.heapreplace(heap, (minus_free + price, place))
+        else:
+            heapq.heappop(heap)
+    return [(candidates[place][2], count) for place, count in enumerate(counts) if count]
+
+
+def ahead_room(node: Node, request: Request, pace_s: float) -> int:
+    """How many attempts of this pace the node may be sent beyond its free slots."""
+    if not could_ever_fit(node, request) or not node.cores:
+        return 0
+    each_s = pace_s * max(request.cores, 1) / node.cores
+    by_time = int((limits.LOOK_AHEAD_S - node.ahead_s) / each_s)
+    by_count = limits.LOOK_AHEAD_PER_CORE_MAX * (node.cores // UNITS or 1) - len(node.ahead)
+    return max(0, min(by_time, by_count))
+
+
+def set_facts(state: State, node: Node, facts: NodeFacts) -> None:
+    """Take over what an agent says of its machine, and divide its attempts anew into holders and look-ahead."""
+    node.facts = facts
+    node.labels = frozenset((node.name, *facts.labels))
+    node.cores = facts.cores * UNITS
+    node.memory_bytes = facts.memory_bytes
+    node.gpus = facts.gpus
+    node.resources = {name: round(amount * UNITS) for name, amount in facts.resources.items()}
+    node.free_cores, node.free_memory_bytes, node.free_gpus = node.cores, node.memory_bytes, node.gpus
+    node.free_resources = dict(node.resources)
+    node.ahead.clear()
+    node.ahead_s = 0.0
+    for attempt, task in node.attempts.items():
+        if not hold(node, task.job.group.request):
+            node.ahead[attempt] = 0.0
+    refresh(state, node)
+
+
+def hold(node: Node, request: Request) -> bool:
+    """Take the request's slot if it is free."""
+    if not _free_room(node, request, 1):
+        return False
+    node.free_cores -= request.cores
+    node.free_memory_bytes -= request.memory_bytes
+    node.free_gpus -= request.gpus
+    for name, amount in request.resources:
+        if amount:
+            node.free_resources[name] -= amount
+    return True
+
+
+def attach(state: State, node: Node, task: Task) -> None:
+    """`task`'s attempt is on this node from now on: in a free slot, else as look-ahead."""
+    node.attempts[task.attempt] = task
+    if node.facts is not None and not hold(node, task.job.group.request):
+        request = task.job.group.request
+        pace_s = state.paces.get((task.job.spec.workload.key, task.function), 0.0)
+        cost_s = pace_s * max(request.cores, 1) / node.cores if node.cores else 0.0
+        node.ahead[task.attempt] = cost_s
+        node.ahead_s += cost_s
+
+
+def detach(state: State, node: Node, attempt: AttemptId) -> None:
+    """The attempt is over there. What it held goes to the node's look-ahead first, as the agent does it."""
+    task = node.attempts.pop(attempt)
+    node.doubtful.pop(attempt, None)
+    if attempt in node.ahead:
+        _leave_ahead(node, attempt)
+    elif node.facts is not None:
+        request = task.job.group.request
+        node.free_cores += request.cores
+        node.free_memory_bytes += request.memory_bytes
+        node.free_gpus += request.gpus
+        for name, amount in request.resources:
+            if amount:
+                node.free_resources[name] += amount
+        while node.ahead:
+            first = next(iter(node.ahead))
+            if not hold(node, node.attempts[first].job.group.request):
+                break
+            _leave_ahead(node, first)
+    refresh(state, node)
+
+
+def _leave_ahead(node: Node, attempt: AttemptId) -> None:
+    node.ahead_s -= node.ahead.pop(attempt)
+    if not node.ahead:
+        node.ahead_s = 0.0
+
+
+def refresh(state: State, node: Node) -> None:
+    """Keep the lists of nodes with something free right; called after every change of what a node can take."""
+    if takes_attempts(node):
+        state.hungry_nodes[node.name] = node
+        if node.free_cores > 0 and not node.ahead:
+            state.open_nodes[node.name] = node
+        else:
+            state.open_nodes.pop(node.name, None)
+    else:
+        state.open_nodes.pop(node.name, None)
+        state.hungry_nodes.pop(node.name, None)

@@ -1,0 +1,127 @@
+"""The state as records: what a journal begins with, so that nothing older is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from herder_coordinator.core import records
+from herder_coordinator.core.ends import account
+from herder_coordinator.core.records import Record
+from herder_coordinator.core.state import NO_ATTEMPT, Job, State, Task, TaskKey
+from herder_shared import limits
+from herder_shared.ids import BlobId
+from herder_shared.states import TaskState
+from herder_shared.wire.messages import Payload, TaskItem
+
+#: Tasks, and bytes of their arguments, in one record.
+PART_TASKS_MAX = 20_000
+PART_BYTES_MAX = 4 * limits.MIB
+
+
+def snapshot(state: State) -> list[Record]:
+    """Records which, replayed into an empty state, give this one: but for who is connected, and for what a fresh start
+    forgets anyway (measurements, acknowledged records)."""
+    out: list[Record] = [records.EpochStarted(state.cluster, state.epoch)]
+    out += [records.JobSummarized(info) for info in state.summaries.values()]
+    out += [records.FunctionKept(kept.function) for kept in state.functions.values()]
+    for job in state.jobs.values():
+        out += _job(state, job)
+    for key, value in _values(state).items():
+        out.append(records.DependencyKept(key[0], key[1], value))
+    out += [records.DrainSet(name, on=True) for name in state.drained]
+    for job in state.jobs.values():
+        out += _accounts(job)
+    for node in state.nodes.values():
+        assigned = tuple(
+            records.Assignment(task.job.id, task.index, attempt, task.ordinal, task.fresh)
+            for attempt, task in node.attempts.items()
+        )
+        if assigned:
+            out.append(records.AttemptsAssigned(node.name, node.incarnation, assigned))
+    for job in state.jobs.values():
+        out += _cancels(job)
+    return out
+
+
+def _job(state: State, job: Job) -> Iterator[Record]:
+    yield records.JobRestored(
+        client=job.client,
+        owner=job.owner,
+        spec=job.spec,
+        cursor=job.base,
+        closed=job.closed,
+        cancelled=job.cancelled,
+        age_s=max(0.0, state.now_s - job.opened_s),
+    )
+    yield from _tasks(job)
+    for first in range(0, len(job.ends), limits.BATCH_TASKS_MAX):
+        yield records.EndsRestored(job.id, tuple(job.ends[first : first + limits.BATCH_TASKS_MAX]))
+
+
+_Kind = tuple[BlobId | None, str]
+
+
+def _tasks(job: Job) -> Iterator[Record]:
+    """The tasks in order of their indices, cut where the function changes and where a record becomes large."""
+    known: dict[int, tuple[TaskItem, _Kind]] = {
+        index: (task.item, (task.function, task.python)) for index, task in job.tasks.items()
+    }
+    for chunk in job.chunks:
+        kind = (chunk.function, chunk.python)
+        for offset, item in enumerate(chunk.tasks):
+            if item is not None:
+                known[chunk.first + offset] = (item, kind)
+    first, index, size_bytes = 0, 0, 0
+    items: list[TaskItem | None] = []
+    kind_here: _Kind | None = None
+    while index < job.count:
+        entry = known.get(index)
+        changes = entry is not None and kind_here is not None and entry[1] != kind_here
+        if changes or len(items) >= PART_TASKS_MAX or size_bytes >= PART_BYTES_MAX:
+            yield _part(job, first, items, kind_here)
+            first, items, size_bytes, kind_here = index, [], 0, None
+        if entry is not None:
+            kind_here = entry[1]
+            size_bytes += len(entry[0].args.inline)
+        items.append(entry[0] if entry is not None else None)
+        index += 1
+    if items:
+        yield _part(job, first, items, kind_here)
+
+
+def _part(job: Job, first: int, items: list[TaskItem | None], kind: _Kind | None) -> Record:
+    outcomes = bytes(job.outcomes[first : first + len(items)])
+    function, python = kind or (None, "")
+    return records.TasksRestored(job.id, first, function, tuple(items) if kind else (), python, outcomes)
+
+
+def _values(state: State) -> dict[TaskKey, Payload]:
+    """Values with which unended tasks wait and which no kept terminal record has."""
+    values: dict[TaskKey, Payload] = {}
+    for job in state.jobs.values():
+        for task in job.tasks.values():
+            for key, value in (task.values or {}).items():
+                other = state.jobs.get(key[0])
+                unended = other is not None and not other.outcomes[key[1]]
+                if not unended and not (other is not None and key[1] in other.kept):
+                    values[key] = value
+    return values
+
+
+def _accounts(job: Job) -> Iterator[Record]:
+    tried = [task for task in job.tasks.values() if _has_history(task)]
+    for first in range(0, len(tried), limits.BATCH_TASKS_MAX):
+        yield records.TasksRetried(tuple(account(task) for task in tried[first : first + limits.BATCH_TASKS_MAX]))
+
+
+def _has_history(task: Task) -> bool:
+    return task.attempt != NO_ATTEMPT and task.state is not TaskState.WAITING
+
+
+def _cancels(job: Job) -> Iterator[Record]:
+    hard = tuple(index for index, task in job.tasks.items() if task.cancel)
+    soft = tuple(index for index, task in job.tasks.items() if task.cancel_pending and not task.cancel)
+    if hard:
+        yield records.CancelKept(job.id, hard, running=True)
+    if soft:
+        yield records.CancelKept(job.id, soft, running=False)

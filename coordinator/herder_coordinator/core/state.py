@@ -1,0 +1,428 @@
+"""All that the coordinator knows, and what must always hold of it.
+
+Every task that has not ended is in exactly one place:
+
+=========  ============================================================================================
+waiting    `Job.tasks`, and `State.dependants` under each task that it waits for
+pending    its `Chunk` (as submitted, never tried), or `Group.again` or `careful` (tried before, or it
+           waited for others), or `State.delayed` (its back-off is not over)
+assigned   `Node.attempts`; it holds its request there, or is in `Node.ahead` and holds nothing yet
+running    the same; the agent has said that its child started
+=========  ============================================================================================
+
+An ended task is a byte in `Job.outcomes`, plus its terminal record in `Job.ends` until the job's client has
+acknowledged it. So a job of ten million tasks costs its submitted chunks, and an object only for what runs.
+
+Nothing here decides: `core/apply.py` changes the state, `core/step.py` and what it calls decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+
+from herder_shared import limits
+from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
+from herder_shared.states import AgentState, Outcome, TaskState
+from herder_shared.wire.messages import (
+    Function,
+    JobInfo,
+    JobSpec,
+    NodeFacts,
+    NodeReport,
+    Payload,
+    TaskEnd,
+    TaskItem,
+    WorkloadReport,
+    WorkloadSpec,
+)
+
+#: Cores and named resources are counted in whole parts of this size, so that tenths add up.
+UNITS = 10_000
+
+#: The byte of each outcome in `Job.outcomes`; 0 = not ended. On disk: only ever append.
+OUTCOME_CODES: dict[Outcome, int] = {
+    Outcome.SUCCEEDED: 1,
+    Outcome.FAILED: 2,
+    Outcome.CRASHED: 3,
+    Outcome.OUT_OF_MEMORY: 4,
+    Outcome.TIMED_OUT: 5,
+    Outcome.CANCELLED: 6,
+    Outcome.LOST: 7,
+}
+OUTCOMES: dict[int, Outcome] = {code: outcome for outcome, code in OUTCOME_CODES.items()}
+
+NO_ATTEMPT = AttemptId(0, 0)
+
+#: A task's identity as the core uses it.
+TaskKey = tuple[JobId, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one attempt holds. Cores and resources in `UNITS`."""
+
+    cores: int = UNITS
+    memory_bytes: int = 0
+    gpus: int = 0
+    resources: tuple[tuple[str, int], ...] = ()
+    #: Names or labels, any of which will do; empty = any node.
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Tasks as they were submitted together, in index order. An entry is None once its task is not pending here."""
+
+    job: Job
+    first: int
+    tasks: list[TaskItem | None]
+    function: BlobId | None
+    python: str
+    since_s: float
+    #: Order of submission.
+    number: int
+    #: Entries before this are None.
+    next: int = 0
+    left: int = 0
+
+
+class Task(msgspec.Struct, eq=False):
+    """A task that is more than an entry of a chunk. (A msgspec struct, because making one is a third of the price.)"""
+
+    job: Job
+    index: int
+    item: TaskItem
+    function: BlobId | None
+    python: str
+    state: TaskState
+    #: When it became pending: its wait in the queue counts from here.
+    since_s: float
+    #: Its newest attempt, and how many it had.
+    attempt: AttemptId = NO_ATTEMPT
+    ordinal: int = 0
+    node: Node | None = None
+    queued_s: float = 0.0
+    #: In `Group.again` or `Group.careful`.
+    queued: bool = False
+    #: Its ticket in `State.delayed`; 0 = not there.
+    delay: int = 0
+    failures: int = 0
+    crashes: int = 0
+    killed_on: tuple[NodeName, ...] = ()
+    avoid: tuple[NodeName, ...] = ()
+    fresh: bool = False
+    reran: bool = False
+    #: Cancelled while it had an attempt (`cancel`), or not to be started again (`cancel_pending`).
+    cancel: bool = False
+    cancel_pending: bool = False
+    #: Dependencies that have not ended; the values of those that have; the first that did not succeed.
+    waiting: int = 0
+    values: dict[TaskKey, Payload] | None = None
+    broken: TaskKey | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Tasks that ask for the same: a placement decision is made for all of them at once."""
+
+    key: GroupKey
+    #: Order of creation.
+    number: int
+    request: Request
+    chunks: deque[Chunk] = field(default_factory=deque)
+    again: deque[Task] = field(default_factory=deque)
+    #: Like `again`, for those that had better not go where they were.
+    careful: deque[Task] = field(default_factory=deque)
+    #: Pending tasks in these three.
+    pending: int = 0
+    jobs: int = 0
+    #: It was looked at and can run somewhere, as far as is known.
+    schedulable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    priority: int
+    owner: str
+    workload: WorkloadKey
+    request: Request
+    idempotent: bool
+
+
+@dataclass(slots=True, eq=False)
+class Feed:
+    """What one client has been sent of one job's terminal records, by cursor."""
+
+    acked: int
+    sent: int
+    #: `(cursor after it, bytes)` of each message not acknowledged.
+    flights: deque[tuple[int, int]] = field(default_factory=deque)
+    flight_bytes: int = 0
+    #: The client has reconnected and has not said yet from where it wants to go on.
+    paused: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    spec: JobSpec
+    client: Incarnation
+    owner: str
+    group: Group
+    opened_s: float
+    count: int = 0
+    closed: bool = False
+    #: Cancelled as a whole: tasks that still come are cancelled too.
+    cancelled: bool = False
+    outcomes: bytearray = field(default_factory=bytearray)
+    ended: int = 0
+    ended_by: dict[Outcome, int] = field(default_factory=dict)
+    #: In the order of their indices; `dead` of them are used up.
+    chunks: list[Chunk] = field(default_factory=list)
+    dead: int = 0
+    #: Tasks in chunks.
+    pending: int = 0
+    #: All other tasks that have not ended.
+    tasks: dict[int, Task] = field(default_factory=dict)
+    #: Kept terminal records: the first has cursor `base`.
+    base: int = 0
+    ends: list[TaskEnd] = field(default_factory=list)
+    kept: dict[int, TaskEnd] = field(default_factory=dict)
+    #: Below this the client has acknowledged (a detached job's records stay all the same).
+    acked: int = 0
+    feeds: dict[Incarnation, Feed] = field(default_factory=dict)
+    #: Its client is gone for good: forgotten at this time, if all has ended.
+    forget_s: float | None = None
+
+    @property
+    def id(self) -> JobId:
+        return self.spec.job
+
+    @property
+    def cursor(self) -> int:
+        """The number of the next terminal record."""
+        return self.base + len(self.ends)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """An agent, by its node's name. Invariant: `session` is not 0 exactly while READY or DRAINING."""
+
+    name: NodeName
+    incarnation: Incarnation
+    state: AgentState
+    #: None after a restart until it is back.
+    facts: NodeFacts | None = None
+    session: int = 0
+    synced: bool = False
+    draining: bool = False
+    #: Lost at this time unless it is heard of.
+    lease_s: float = 0.0
+    #: Its connection closed: attempts that may run twice are given up at this time.
+    grace_s: float | None = None
+    heard_s: float = 0.0
+    #: Own name and labels.
+    labels: frozenset[str] = frozenset()
+    cores: int = 0
+    memory_bytes: int = 0
+    gpus: int = 0
+    resources: dict[str, int] = field(default_factory=dict)
+    free_cores: int = 0
+    free_memory_bytes: int = 0
+    free_gpus: int = 0
+    free_resources: dict[str, int] = field(default_factory=dict)
+    attempts: dict[AttemptId, Task] = field(default_factory=dict)
+    #: Attempts beyond the free slots, in the order in which the agent will start them.
+    ahead: dict[AttemptId, float] = field(default_factory=dict)
+    #: How long they will keep all of the node's cores busy.
+    ahead_s: float = 0.0
+    #: Listed by nobody at the last sync: settled when the rest of the inventory has come.
+    doubtful: dict[AttemptId, Task] = field(default_factory=dict)
+    told_workloads: set[WorkloadKey] = field(default_factory=set)
+    told_jobs: dict[JobId, set[BlobId]] = field(default_factory=dict)
+    report: NodeReport | None = None
+    reports: dict[WorkloadKey, WorkloadReport] = field(default_factory=dict)
+    warm: set[WorkloadKey] = field(default_factory=set)
+    #: Workloads of the attempts that failed to start here, in a row.
+    start_failures: list[WorkloadKey] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """A client's process. `session` 0: not connected; `gone_s`: when its jobs are given up."""
+
+    incarnation: Incarnation
+    owner: str
+    session: int = 0
+    gone_s: float | None = None
+    #: Its own, and all of whose events it is told.
+    jobs: dict[JobId, None] = field(default_factory=dict)
+    watched: dict[JobId, None] = field(default_factory=dict)
+    noticed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class KeptFunction:
+    function: Function
+    #: Unended tasks and chunks that use it.
+    uses: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class KeptWorkload:
+    spec: WorkloadSpec
+    jobs: int = 0
+
+
+@dataclass(slots=True)
+class Periods:
+    """Seconds; limits.py says what each is. A value of the program's configuration."""
+
+    lease_s: float = limits.LEASE_S
+    reconnect_grace_s: float = limits.RECONNECT_GRACE_S
+    restart_grace_s: float = limits.RESTART_GRACE_S
+    disconnect_grace_s: float = limits.DISCONNECT_GRACE_S
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    cluster: ClusterId
+    epoch: int
+    periods: Periods
+    #: Of the latest step; 0 while the journal is replayed.
+    now_s: float = 0.0
+    next_attempt: int = 1
+    #: Counts tickets of `delayed` and groups.
+    next_number: int = 1
+    jobs: dict[JobId, Job] = field(default_factory=dict)
+    clients: dict[Incarnation, Client] = field(default_factory=dict)
+    nodes: dict[NodeName, Node] = field(default_factory=dict)
+    groups: dict[GroupKey, Group] = field(default_factory=dict)
+    workloads: dict[WorkloadKey, KeptWorkload] = field(default_factory=dict)
+    functions: dict[BlobId, KeptFunction] = field(default_factory=dict)
+    #: Functions that no task uses, oldest first.
+    idle_functions: dict[BlobId, None] = field(default_factory=dict)
+    drained: dict[NodeName, None] = field(default_factory=dict)
+    dependants: dict[TaskKey, list[Task]] = field(default_factory=dict)
+    #: A heap of `(due, ticket, task)`; an entry counts while the task has that ticket.
+    delayed: list[tuple[float, int, Task]] = field(default_factory=list)
+    #: Tasks of which something changed that needs a decision before the step ends.
+    loose: list[Task] = field(default_factory=list)
+    #: Groups with pending tasks, and nodes with something free: what a decision looks at.
+    busy: dict[GroupKey, Group] = field(default_factory=dict)
+    open_nodes: dict[NodeName, Node] = field(default_factory=dict)
+    #: Nodes that may have room for look-ahead.
+    hungry_nodes: dict[NodeName, Node] = field(default_factory=dict)
+    #: Whose turn it is among owners of equal priority.
+    last_owner: str = ""
+    #: Mean time for which an attempt holds its slot, by workload and function.
+    paces: dict[tuple[WorkloadKey, BlobId | None], float] = field(default_factory=dict)
+    #: References to each blob from tasks, functions and kept results; `unused`: those that fell to none.
+    blobs: dict[BlobId, int] = field(default_factory=dict)
+    unused: list[BlobId] = field(default_factory=list)
+    summaries: dict[JobId, JobInfo] = field(default_factory=dict)
+    #: Acknowledged terminal records, for logs and for dependants that come late; bounded in bytes.
+    recent: dict[TaskKey, TaskEnd] = field(default_factory=dict)
+    recent_bytes: int = 0
+    #: From a snapshot, until the replay is over.
+    restored_values: dict[TaskKey, Payload] = field(default_factory=dict)
+    #: No request is judged impossible before this: agents may still be on their way.
+    judge_s: float = 0.0
+    #: A lower bound of the deadlines of agents and clients.
+    alarm_s: float = math.inf
+    #: The replay is over and nobody has looked yet for what a cut tail left undone.
+    unswept: bool = False
+    ended_total: int = 0
+
+
+def new_state(cluster: ClusterId, epoch: int, periods: Periods | None = None) -> State:
+    """An empty state. Then `replay_record` for each record of the journal, `finish_replay`, and `step` for ever."""
+    return State(cluster=cluster, epoch=epoch, periods=periods or Periods())
+
+
+def task_state_counts(job: Job) -> dict[TaskState, int]:
+    """How many tasks of `job` are in each state. Costs one look at each task that is more than an entry of a chunk."""
+    counts = {TaskState.PENDING: job.pending, TaskState.ENDED: job.ended}
+    for task in job.tasks.values():
+        counts[task.state] = counts.get(task.state, 0) + 1
+    return {state: count for state, count in counts.items() if count}
+
+
+def check_invariants(state: State) -> None:
+    """Assert what must always hold. Costs a look at everything: for tests and the simulator."""
+    for job in state.jobs.values():
+        _check_job(state, job)
+    for node in state.nodes.values():
+        _check_node(node)
+    for group in state.groups.values():
+        _check_group(state, group)
+    assert not state.loose, "a task was left without its decision"
+    for key, tasks in state.dependants.items():
+        job_of = state.jobs.get(key[0])
+        assert job_of is not None
+        assert not job_of.outcomes[key[1]], f"{key} has ended, and {len(tasks)} tasks still wait for it"
+        assert all(task.state is TaskState.WAITING for task in tasks)
+    assert all(count > 0 for count in state.blobs.values())
+    for function_id, kept in state.functions.items():
+        assert (function_id in state.idle_functions) == (kept.uses == 0)
+
+
+def _check_job(state: State, job: Job) -> None:
+    assert len(job.outcomes) == job.count
+    assert job.ended == job.count - job.outcomes.count(0) == sum(job.ended_by.values())
+    assert job.pending == sum(chunk.left for chunk in job.chunks)
+    assert job.pending + len(job.tasks) + job.ended == job.count, f"a task of {job.id} is nowhere, or twice"
+    assert job.cursor == job.ended, "each ended task has one terminal record"
+    assert job.dead == sum(1 for chunk in job.chunks if not chunk.left)
+    for chunk in job.chunks:
+        assert chunk.left == sum(1 for item in chunk.tasks if item is not None)
+        for offset, item in enumerate(chunk.tasks):
+            assert item is None or (not job.outcomes[chunk.first + offset] and chunk.first + offset not in job.tasks)
+    for index, task in job.tasks.items():
+        assert task.index == index
+        assert not job.outcomes[index]
+        _check_task(state, task)
+
+
+def _check_task(state: State, task: Task) -> None:
+    assigned = task.state in {TaskState.ASSIGNED, TaskState.RUNNING}
+    assert assigned == (task.node is not None)
+    if task.node is not None:
+        assert task.node.attempts.get(task.attempt) is task
+    places = assigned + task.queued + (task.delay != 0) + (task.state is TaskState.WAITING)
+    assert places == 1, f"{task.job.id}.{task.index} is in {places} places"
+    if task.state is TaskState.WAITING:
+        assert task.waiting > 0
+        waits = sum(tasks.count(task) for tasks in state.dependants.values())
+        assert waits == task.waiting
+
+
+def _check_node(node: Node) -> None:
+    assert (node.session != 0) == (node.state in {AgentState.READY, AgentState.DRAINING})
+    held = [task for attempt, task in node.attempts.items() if attempt not in node.ahead]
+    assert all(attempt in node.attempts for attempt in node.ahead)
+    if node.facts is None:
+        return
+    requests = [task.job.group.request for task in held]
+    assert node.free_cores == node.cores - sum(request.cores for request in requests) >= 0
+    assert node.free_memory_bytes == node.memory_bytes - sum(request.memory_bytes for request in requests) >= 0
+    assert node.free_gpus == node.gpus - sum(request.gpus for request in requests) >= 0
+    for name, total in node.resources.items():
+        used = sum(dict(request.resources).get(name, 0) for request in requests)
+        assert node.free_resources[name] == total - used >= 0
+    for attempt, task in node.attempts.items():
+        assert task.attempt == attempt
+        assert task.node is node
+        assert task.job.tasks.get(task.index) is task
+    assert abs(node.ahead_s - sum(node.ahead.values())) < 1e-6
+
+
+def _check_group(state: State, group: Group) -> None:
+    chunks = sum(chunk.left for chunk in group.chunks)
+    again = {id(task) for task in (*group.again, *group.careful) if task.queued}
+    assert group.pending == chunks + len(again)
+    assert (group.key in state.busy) == (group.pending > 0)
+    assert group.jobs == sum(1 for job in state.jobs.values() if job.group is group) > 0

@@ -1,0 +1,174 @@
+"""What others may see of the state: pure reads, for queries, the page, metrics and the shell's own questions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from herder_coordinator.core.placement import could_ever_fit
+from herder_coordinator.core.state import OUTCOMES, Job, State, task_state_counts
+from herder_shared.ids import BlobId, ClusterId, JobId, NodeName
+from herder_shared.states import AgentState, Outcome, TaskState
+from herder_shared.wire.messages import (
+    JobInfo,
+    Logs,
+    NodeFacts,
+    NodeInfo,
+    StatusInfo,
+    TaskInfo,
+    WorkloadInfo,
+)
+
+#: Tasks that one answer about a job lists.
+TASKS_LISTED_MAX = 10_000
+
+
+def nodes(state: State, now_s: float) -> list[NodeInfo]:
+    """Every node that is known, in the order in which they came."""
+    return [_node_info(state, name, now_s) for name in state.nodes]
+
+
+def _node_info(state: State, name: NodeName, now_s: float) -> NodeInfo:
+    node = state.nodes[name]
+    running = sum(1 for task in node.attempts.values() if task.state is TaskState.RUNNING)
+    return NodeInfo(
+        facts=node.facts or NodeFacts(node=name, cores=0, memory_bytes=0),
+        state=node.state,
+        running=running,
+        assigned_cores=(node.cores - node.free_cores) / 10_000,
+        report=node.report,
+        silent_s=max(0.0, now_s - node.heard_s),
+    )
+
+
+def is_draining(state: State, node: NodeName) -> bool:
+    """Whether the node has been told, or is to be told, to take nothing new."""
+    return node in state.drained
+
+
+def jobs(state: State, now_s: float) -> list[JobInfo]:
+    """The jobs that are known, oldest first; forgotten ones by their summaries."""
+    return [*state.summaries.values(), *(job_info(one, now_s) for one in state.jobs.values())]
+
+
+def job(state: State, job_id: JobId, now_s: float) -> JobInfo | None:
+    found = state.jobs.get(job_id)
+    return job_info(found, now_s) if found is not None else state.summaries.get(job_id)
+
+
+def job_info(job: Job, now_s: float) -> JobInfo:
+    """A job, as lists show it."""
+    return JobInfo(
+        job=job.id,
+        name=job.spec.name,
+        owner=job.owner,
+        workload=job.spec.workload.name,
+        state=_job_state(job),
+        counts=task_state_counts(job),
+        outcomes=dict(job.ended_by),
+        tasks=job.count,
+        closed=job.closed,
+        detached=job.spec.detached,
+        kind=job.spec.kind,
+        age_s=max(0.0, now_s - job.opened_s),
+    )
+
+
+def _job_state(job: Job) -> Literal["open", "running", "done", "failed", "cancelled"]:
+    if job.ended < job.count:
+        return "running"
+    if not job.closed:
+        return "open"
+    succeeded = job.ended_by.get(Outcome.SUCCEEDED, 0)
+    if succeeded == job.count and not (job.cancelled and not job.count):
+        return "done"
+    failed = job.count - succeeded - job.ended_by.get(Outcome.CANCELLED, 0)
+    return "failed" if failed else "cancelled"
+
+
+def tasks(state: State, job_id: JobId) -> list[TaskInfo] | None:
+    """The job's first `TASKS_LISTED_MAX` tasks in order. None: no such job."""
+    found = state.jobs.get(job_id)
+    if found is None:
+        return None
+    listed: list[TaskInfo] = []
+    for index, code in enumerate(found.outcomes[:TASKS_LISTED_MAX]):
+        task = found.tasks.get(index)
+        if code:
+            end = found.kept.get(index) or state.recent.get((job_id, index))
+            usage = end.usage if end is not None else None
+            listed.append(
+                TaskInfo(
+                    index,
+                    TaskState.ENDED,
+                    OUTCOMES[code],
+                    usage.node or None if usage is not None else None,
+                    usage.attempt if usage is not None else 0,
+                )
+            )
+        elif task is None:
+            listed.append(TaskInfo(index, TaskState.PENDING))
+        else:
+            node = task.node.name if task.node is not None else None
+            listed.append(TaskInfo(index, task.state, None, node, task.ordinal))
+    return listed
+
+
+def workloads(state: State) -> list[WorkloadInfo]:
+    """Each workload with what every node says of it."""
+    return [
+        WorkloadInfo(
+            key=key,
+            name=kept.spec.name,
+            start=kept.spec.start,
+            reports={node.name: node.reports[key] for node in state.nodes.values() if key in node.reports},
+        )
+        for key, kept in state.workloads.items()
+    ]
+
+
+def status(state: State, version: str = "", http: str = "") -> StatusInfo:
+    return StatusInfo(
+        cluster=ClusterId(state.cluster),
+        epoch=state.epoch,
+        version=version,
+        tasks=task_counts(state),
+        agents=agent_counts(state),
+        jobs=len(state.jobs),
+        clients=sum(1 for client in state.clients.values() if client.session),
+        http=http,
+    )
+
+
+def task_counts(state: State) -> dict[TaskState, int]:
+    """Tasks of the jobs that are known, by state."""
+    counts = dict.fromkeys(TaskState, 0)
+    for one in state.jobs.values():
+        for task_state, count in task_state_counts(one).items():
+            counts[task_state] += count
+    return counts
+
+
+def agent_counts(state: State) -> dict[AgentState, int]:
+    counts = dict.fromkeys(AgentState, 0)
+    for node in state.nodes.values():
+        counts[node.state] += 1
+    return counts
+
+
+def logs(state: State, job_id: JobId, index: int) -> Logs | None:
+    """What the task's last attempt wrote. None: not ended, nothing captured, or no longer kept."""
+    found = state.jobs.get(job_id)
+    end = (found.kept.get(index) if found is not None else None) or state.recent.get((job_id, index))
+    return end.logs if end is not None else None
+
+
+def work_waiting(state: State, node: NodeName) -> bool:
+    """Whether some pending task could run on this node if it had room."""
+    found = state.nodes.get(node)
+    return found is not None and any(could_ever_fit(found, group.request) for group in state.busy.values())
+
+
+def is_blob_needed(state: State, blob: BlobId) -> bool:
+    """Whether anything still refers to the blob. To be asked when a `DropBlobs` is carried out: since it was decided,
+    another task may have come with the same bytes."""
+    return blob in state.blobs

@@ -1,0 +1,49 @@
+"""Batches of records <-> bytes. A batch says which it is and carries a checksum, so that nothing half written,
+misplaced or rotten is ever taken for history.
+
+Layout: u32 CRC-32 of all that follows · u64 sequence number · msgpack array of records. Big-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+
+from herder_coordinator.core.records import Record
+
+_HEAD = struct.Struct(">IQ")
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[list[Record]] = msgspec.msgpack.Decoder(list[Record])
+
+
+class DamagedBatch(ValueError):
+    """These bytes are not the batch that was written."""
+
+
+def encode_batch(seq: int, records: Sequence[Record]) -> bytes:
+    """The bytes of batch number `seq`."""
+    body = _encoder.encode(records)
+    crc = zlib.crc32(body, zlib.crc32(seq.to_bytes(8, "big")))
+    return _HEAD.pack(crc, seq) + body
+
+
+def decode_batch(seq: int, content: bytes) -> list[Record]:
+    """The records of batch number `seq`.
+
+    Raises:
+        DamagedBatch: the bytes are cut, changed, or those of another batch.
+    """
+    if len(content) < _HEAD.size:
+        raise DamagedBatch(f"batch {seq} is cut after {len(content)} bytes")
+    crc, found = _HEAD.unpack_from(content)
+    if zlib.crc32(memoryview(content)[4:]) != crc:
+        raise DamagedBatch(f"batch {seq}: the checksum of its {len(content)} bytes is wrong")
+    if found != seq:
+        raise DamagedBatch(f"batch {found} stands where batch {seq} should be")
+    try:
+        return _decoder.decode(memoryview(content)[_HEAD.size :])
+    except msgspec.MsgspecError as error:
+        raise DamagedBatch(f"batch {seq} has a record which this version does not know: {error}") from error
