@@ -1,0 +1,1 @@
+"""How children are made and spoken to, behind one `Child`: fork server, fresh interpreters, commands."""

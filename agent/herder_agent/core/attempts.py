@@ -1,0 +1,213 @@
+"""What becomes of an attempt: its slot, its phases, its end."""
+
+from __future__ import annotations
+
+import signal
+from heapq import heappush
+
+from herder_agent.core.effects import Effect, FetchBlobs, ReleaseBlobs, ReportEnd, SignalChild, UploadBlob
+from herder_agent.core.slots import Request
+from herder_agent.core.state import CORE_STATE, Attempt, Deadline, Phase, State, Workload
+from herder_shared.ids import AttemptId, BlobId, WorkloadKey
+from herder_shared.limits import KILL_GRACE_S
+from herder_shared.states import Cause, Outcome
+from herder_shared.wire.messages import AttemptEnd, AttemptStart, Failure, JobBrief, Logs, Payload, Usage
+
+#: An attempt whose child has answered and does not exit is killed after this: flushing and joining threads take less.
+EXIT_GRACE_S = 10.0
+
+
+def add_deadline(state: State, at_s: float, kind: str, key: AttemptId | WorkloadKey | int, method: str = "") -> None:
+    """Look again at `at_s`. There is no way to take a deadline back: what it finds gone it leaves alone."""
+    state.last_deadline += 1
+    heappush(state.deadlines, Deadline(at_s, state.last_deadline, kind, key, method))
+
+
+def move(state: State, attempt: Attempt, phase: Phase) -> None:
+    """Put `attempt` into `phase` and its cores into that phase's account."""
+    source, target = CORE_STATE[attempt.phase], CORE_STATE[phase]
+    if source is not target:
+        state.account.move(attempt.request.cores, source, target)
+    attempt.phase = phase
+
+
+def accept(
+    state: State, start: AttemptStart, job: JobBrief, workload: Workload, now_s: float, effects: list[Effect]
+) -> None:
+    """Queue an attempt; have its blobs fetched meanwhile."""
+    options = job.options
+    request = Request(options.cores, options.memory_bytes, options.gpus, tuple(options.resources.items()))
+    attempt = Attempt(start, workload, options, job.name, request)
+    state.attempts[attempt.id] = attempt
+    if not state.slots.could_ever(request):
+        message = f"node {state.node} has not the {options.cores:g} cores, memory or resources that the task asks for"
+        end(state, attempt, Outcome.LOST, Failure(Cause.START_FAILED, message), now_s, effects)
+        return
+    blobs = _blobs_of(state, start)
+    if blobs:
+        attempt.blobs = blobs
+        attempt.fetched = False
+        effects.append(FetchBlobs(attempt.id, blobs))
+    state.queue[attempt.id] = attempt
+    workload.queued += 1
+
+
+def _blobs_of(state: State, start: AttemptStart) -> tuple[BlobId, ...]:
+    blobs = [start.args.blob] if start.args.blob is not None else []
+    if start.function is not None and start.function in state.blob_functions:
+        blobs.append(start.function)
+    blobs.extend(payload.blob for _, _, payload in start.deps if payload.blob is not None)
+    return tuple(blobs)
+
+
+def stop(state: State, attempt: Attempt, why: Outcome, grace_s: float, now_s: float, effects: list[Effect]) -> None:
+    """End an attempt before its time. One without a child ends at once; a child gets SIGTERM, then SIGKILL."""
+    if attempt.phase in {Phase.QUEUED, Phase.FETCHING, Phase.WAITING}:
+        failure = Failure(Cause.CANCELLED, "cancelled before it started")
+        end(state, attempt, why, failure, now_s, effects)
+        return
+    if attempt.phase in {Phase.SENT, Phase.RUNNING} and attempt.ending is None:
+        attempt.ending = why
+        effects.append(SignalChild(attempt.child, signal.SIGTERM if grace_s > 0 else signal.SIGKILL))
+    if attempt.phase is not Phase.LEAVING:
+        add_deadline(state, now_s + grace_s, "kill", attempt.id)
+
+
+def drop(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
+    """Stop an attempt whose end nobody wants to hear of."""
+    attempt.dropped = True
+    stop(state, attempt, Outcome.CANCELLED, KILL_GRACE_S, now_s, effects)
+
+
+def end(
+    state: State, attempt: Attempt, outcome: Outcome, failure: Failure | None, now_s: float, effects: list[Effect]
+) -> None:
+    """Free what the attempt holds and report its end."""
+    _leave_collections(state, attempt)
+    usage = _usage(state, attempt, now_s)
+    if attempt.slot is not None:
+        state.account.move(attempt.request.cores, CORE_STATE[attempt.phase], None)
+        state.slots.give_back(attempt.slot)
+        attempt.slot = None
+    del state.attempts[attempt.id]
+    if attempt.blobs:
+        effects.append(ReleaseBlobs(attempt.id))
+    if attempt.dropped:
+        return
+    report = _report(attempt, outcome, failure, usage)
+    state.ends[attempt.id] = report
+    blob = report.result.blob if report.result is not None else None
+    if blob is None:
+        effects.append(ReportEnd(report))
+    elif blob in state.uploading:
+        state.uploading[blob].append(attempt.id)
+    else:
+        state.uploading[blob] = [attempt.id]
+        effects.append(UploadBlob(blob))
+
+
+def _leave_collections(state: State, attempt: Attempt) -> None:
+    match attempt.phase:
+        case Phase.QUEUED:
+            if state.queue.pop(attempt.id, None) is not None:
+                attempt.workload.queued -= 1
+        case Phase.WAITING:
+            attempt.workload.undecided.pop(attempt.id, None)
+            for pool in attempt.workload.pools.values():
+                pool.waiting.pop(attempt.id, None)
+        case Phase.LEAVING:
+            state.leaving.pop(attempt.id, None)
+        case _:
+            pass
+
+
+def _report(attempt: Attempt, outcome: Outcome, failure: Failure | None, usage: Usage) -> AttemptEnd:
+    result: Payload | None = attempt.result
+    if attempt.answer is not None and outcome is Outcome.SUCCEEDED:
+        result = attempt.answer.result
+    if outcome not in {Outcome.SUCCEEDED, Outcome.FAILED}:
+        result = None
+    logs: Logs | None = attempt.logs
+    start = attempt.start
+    return AttemptEnd(start.attempt, start.job, start.index, outcome, result, failure, usage, logs)
+
+
+def _usage(state: State, attempt: Attempt, now_s: float) -> Usage:
+    """What it used. A forked one-task child's and a command's processor time and faults are `wait4`'s, which has what
+    came after the answer and what the child reaped; a fresh interpreter's and a reused child's are the child's own
+    differences, since `wait4` would count the imports, or the tasks before."""
+    answer, exit_ = attempt.answer, attempt.exit
+    method = attempt.method
+    wall_s = answer.wall_s if answer is not None else 0.0
+    if answer is None and attempt.started_s:
+        wall_s = (attempt.exited_s or now_s) - attempt.started_s
+    own = answer if answer is not None and (exit_ is None or method == "fresh" or attempt.workload.reuses) else None
+    account = own or exit_
+    return Usage(
+        node=state.node,
+        attempt=attempt.start.ordinal,
+        start_method=method,
+        start_s=max(0.0, attempt.started_s - attempt.slot_s) if attempt.started_s else 0.0,
+        wall_s=wall_s,
+        cpu_user_s=account.user_s if account else 0.0,
+        cpu_system_s=account.system_s if account else 0.0,
+        peak_memory_bytes=attempt.peak_bytes,
+        memory_source="sampled" if attempt.sent_s else "",
+        minor_faults=account.minor_faults if account else 0,
+        major_faults=account.major_faults if account else 0,
+        core_s=attempt.request.cores * max(0.0, now_s - attempt.slot_s) if attempt.slot is not None else 0.0,
+        pid=attempt.pid,
+    )
+
+
+def conclude(attempt: Attempt) -> tuple[Outcome, Failure | None]:
+    """How an attempt ended that had a child: what we did to it comes first, then what it said, then how it died."""
+    if attempt.ending is not None:
+        return attempt.ending, _ended_by_us(attempt)
+    if attempt.answer is not None:
+        failure = attempt.answer.failure
+        return (Outcome.FAILED, failure) if failure is not None else (Outcome.SUCCEEDED, None)
+    if attempt.template_lost or attempt.exit is None:
+        message = f"the template of workload {attempt.workload.spec.name!r} died, and its children with it"
+        return Outcome.LOST, Failure(Cause.TEMPLATE_LOST, message)
+    return _by_exit(attempt, attempt.exit.status, attempt.exit.oom_seen)
+
+
+def _ended_by_us(attempt: Attempt) -> Failure:
+    match attempt.ending:
+        case Outcome.TIMED_OUT:
+            message = f"ran longer than its timeout of {attempt.options.timeout_s:g} s"
+            return Failure(Cause.TIMEOUT, message, stderr_tail=attempt.stderr_tail)
+        case Outcome.OUT_OF_MEMORY:
+            limit = attempt.options.memory_bytes
+            message = f"used {attempt.peak_bytes} bytes of memory, its limit is {limit}"
+            return Failure(Cause.OUT_OF_MEMORY, message, limit_bytes=limit, stderr_tail=attempt.stderr_tail)
+        case _:
+            return Failure(Cause.CANCELLED, "cancelled while it ran")
+
+
+def _by_exit(attempt: Attempt, status: int, oom_seen: bool) -> tuple[Outcome, Failure | None]:
+    number = status & 0x7F
+    code = status >> 8 & 0xFF
+    if attempt.is_command and (not attempt.check or (number == 0 and code == 0)):
+        return Outcome.SUCCEEDED, None
+    tail = attempt.stderr_tail
+    if number == signal.SIGKILL and oom_seen:
+        message = "killed by the kernel: the node has no memory left"
+        failure = Failure(Cause.OUT_OF_MEMORY, message, signal=number, stderr_tail=tail)
+        return Outcome.OUT_OF_MEMORY, failure
+    if number:
+        message = f"its process was killed by {_signal_name(number)}"
+        return Outcome.CRASHED, Failure(Cause.SIGNAL, message, signal=number, stderr_tail=tail)
+    if attempt.is_command:
+        message = f"the command ended with exit status {code}"
+        return Outcome.FAILED, Failure(Cause.COMMAND_EXIT, message, exit_status=code, stderr_tail=tail)
+    message = f"its process ended with exit status {code} without an answer"
+    return Outcome.CRASHED, Failure(Cause.EXIT, message, exit_status=code, stderr_tail=tail)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

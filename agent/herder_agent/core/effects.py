@@ -1,0 +1,170 @@
+"""What the agent's shell must do. Imperative; in order; none of them waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from herder_shared.ids import AttemptId, BlobId
+from herder_shared.wire.messages import (
+    AttemptEnd,
+    AttemptStart,
+    RunningAttempt,
+    TaskOptions,
+    WorkloadReport,
+    WorkloadSpec,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StartTemplate:
+    """Exec a template for `workload`; None: the node's spawner."""
+
+    template: int
+    workload: WorkloadSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class StopTemplate:
+    template: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkChildren:
+    template: int
+    children: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnFresh:
+    """Have the spawner exec a fresh interpreter for `workload`, to be warmed."""
+
+    template: int
+    child: int
+    workload: WorkloadSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What an attempt may use: the operating system's CPU numbers (empty: not pinned), threads, GPU indices."""
+
+    cpus: tuple[int, ...]
+    threads: int
+    gpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnCommand:
+    template: int
+    child: int
+    attempt: AttemptStart
+    workload: WorkloadSpec
+    options: TaskOptions
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class SendTask:
+    child: int
+    attempt: AttemptStart
+    job_name: str
+    options: TaskOptions
+    grant: Grant
+    #: The child may run further tasks.
+    reuses: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopChild:
+    """Ask an idle child to end."""
+
+    child: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalChild:
+    """To its process group and all its descendants."""
+
+    child: int
+    signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropChild:
+    """Its template is gone: close what belongs to it; the sweep kills it if it still lives."""
+
+    child: int
+
+
+@dataclass(frozen=True, slots=True)
+class SweepLeftovers:
+    """Kill what ended children left behind; `LeftoversGone` when nothing is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlobs:
+    attempt: AttemptId
+    blobs: tuple[BlobId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseBlobs:
+    """The attempt needs its blobs no more."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class UploadBlob:
+    blob: BlobId
+
+
+@dataclass(frozen=True, slots=True)
+class SendSync:
+    running: tuple[RunningAttempt, ...]
+    ended: tuple[AttemptEnd, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportStarted:
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class ReportEnd:
+    end: AttemptEnd
+
+
+@dataclass(frozen=True, slots=True)
+class ReportWorkload:
+    report: WorkloadReport
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    """Count something; the shell decides nothing by it. `kind`: task_start | fork_unsafe | template_failed | crash."""
+
+    kind: str
+    label: str = ""
+    value: float = 1.0
+
+
+Effect = (
+    StartTemplate
+    | StopTemplate
+    | ForkChildren
+    | SpawnFresh
+    | SpawnCommand
+    | SendTask
+    | StopChild
+    | SignalChild
+    | DropChild
+    | SweepLeftovers
+    | FetchBlobs
+    | ReleaseBlobs
+    | UploadBlob
+    | SendSync
+    | ReportStarted
+    | ReportEnd
+    | ReportWorkload
+    | Observe
+)

@@ -1,0 +1,242 @@
+"""What can happen to an agent. Past tense; the shell makes them, `step` takes them.
+
+Templates and children are known by numbers which the core gives out and which are never used again, so that what arrives
+late from one that is gone is recognised and dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from herder_shared.ids import AttemptId, BlobId, JobId
+from herder_shared.states import Cause
+from herder_shared.wire.messages import AttemptStart, AuditStep, Failure, JobBrief, Logs, Payload, WorkloadSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a child said of its task, with its own account (differences over the task; seconds and bytes)."""
+
+    result: Payload | None = None
+    failure: Failure | None = None
+    wall_s: float = 0.0
+    user_s: float = 0.0
+    system_s: float = 0.0
+    minor_faults: int = 0
+    major_faults: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a child's process ended: raw wait status, and `wait4`'s usage of it and of what it reaped."""
+
+    status: int
+    user_s: float = 0.0
+    system_s: float = 0.0
+    minor_faults: int = 0
+    major_faults: int = 0
+    #: The kernel's out-of-memory killer was seen to act while it ran.
+    oom_seen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Hello and welcome are through."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptsOrdered:
+    session: int
+    attempts: tuple[AttemptStart, ...]
+    workloads: tuple[WorkloadSpec, ...] = ()
+    jobs: tuple[JobBrief, ...] = ()
+    #: Functions whose bytes are a blob of the same id.
+    blob_functions: tuple[BlobId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOrdered:
+    attempts: tuple[AttemptId, ...]
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptsAcked:
+    """Their ends are durable or superseded; those that still run are not wanted."""
+
+    attempts: tuple[AttemptId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobsForgotten:
+    jobs: tuple[JobId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkWaitingHeard:
+    waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlobsArrived:
+    """All blobs that this attempt needs are here and kept until it ends."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class BlobsLost:
+    attempt: AttemptId
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlobUploaded:
+    """The coordinator has this result."""
+
+    blob: BlobId
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateStepped:
+    template: int
+    step: AuditStep
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateReady:
+    template: int
+    #: "fork", or "fresh": the audit or the canary said no.
+    start: str
+    fork_point: str
+    reason: str
+    python: str
+    pid: int
+    start_s: float
+    rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFailed:
+    template: int
+    cause: Cause
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateExited:
+    """It is gone, asked for or not; its children are, or will be killed by the kernel."""
+
+    template: int
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildForked:
+    child: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChildForkFailed:
+    child: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildIdle:
+    """A fresh interpreter is warm."""
+
+    child: int
+    python: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSetupFailed:
+    """A fresh interpreter's preload or setup failed."""
+
+    child: int
+    cause: Cause
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildStarted:
+    child: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChildAnswered:
+    """`logs` is what a child that goes on printed since its last answer; one that exits gives it with its exit."""
+
+    child: int
+    answer: Answer
+    logs: Logs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildExited:
+    """Reaped, and its process group killed before. `result` and `check` are a command's: its encoded
+    `CommandResult`, and whether a status other than 0 is a failure."""
+
+    child: int
+    exit: Exit
+    logs: Logs | None = None
+    result: Payload | None = None
+    check: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LeftoversGone:
+    """No process is left of the children whose exits were told before."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySeen:
+    """Σ RssAnon of a child and its descendants now, less what it had before its task."""
+
+    child: int
+    anon_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """A deadline of `next_deadline_s` has come."""
+
+
+Event = (
+    Connected
+    | Disconnected
+    | AttemptsOrdered
+    | CancelOrdered
+    | AttemptsAcked
+    | JobsForgotten
+    | WorkWaitingHeard
+    | BlobsArrived
+    | BlobsLost
+    | BlobUploaded
+    | TemplateStepped
+    | TemplateReady
+    | TemplateFailed
+    | TemplateExited
+    | ChildForked
+    | ChildForkFailed
+    | ChildIdle
+    | ChildSetupFailed
+    | ChildStarted
+    | ChildAnswered
+    | ChildExited
+    | LeftoversGone
+    | MemorySeen
+    | Ticked
+)

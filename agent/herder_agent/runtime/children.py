@@ -1,0 +1,374 @@
+"""The children that exist: what they say becomes events, in the right order.
+
+A child's answer and its exit come over two sockets, in any order; and an answer that is a large result is stored by a thread
+first. So on a child's exit its task socket is read to the end, and the exit is told only after an answer that is being stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from herder_agent.core import events
+from herder_agent.core.events import Answer, Exit
+from herder_agent.launch import command, control
+from herder_agent.launch.child import Capture, Child, Kind
+from herder_agent.launch.control import Channel, Exited, Forked, FromChild
+from herder_agent.launch.forkserver import Template
+from herder_agent.runtime.blobs import BlobStore
+from herder_agent.runtime.memory import MemoryWatch
+from herder_agent.runtime.reap import anon_bytes, oom_kills
+from herder_shared.errors import RemoteProtocolError
+from herder_shared.ids import BlobId
+from herder_shared.limits import ERROR_TEXT_BYTES_MAX, INLINE_BYTES_MAX, KIB
+from herder_shared.states import Cause
+from herder_shared.wire.messages import CommandSpec, Failure, Logs, Payload, WorkloadSpec
+
+_log = logging.getLogger("herder.agent")
+
+#: Forked children of one template begin alike: their RssAnon is read once in so many.
+_BASELINE_EVERY = 64
+#: A child that runs this long gets its output read as it comes.
+_ATTACH_S = 0.02
+#: Results above it go to disk when very much waits for acknowledgement.
+_SMALL_BYTES = 4 * KIB
+
+
+class _Expected:
+    """What was asked for and is not there yet."""
+
+    __slots__ = ("command", "is_limited", "kind", "spec")
+
+    def __init__(self, kind: Kind, spec: WorkloadSpec, command_spec: CommandSpec | None, is_limited: bool) -> None:
+        self.kind = kind
+        self.spec = spec
+        self.command = command_spec
+        self.is_limited = is_limited
+
+
+class Children:
+    """Owns every child's descriptors."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        store: BlobStore,
+        dispatch: Callable[[events.Event], None],
+        is_crowded: Callable[[], bool],
+    ) -> None:
+        self._loop = loop
+        self._store = store
+        self._dispatch = dispatch
+        self._is_crowded = is_crowded
+        self._children: dict[int, Child] = {}
+        self._expected: dict[int, _Expected] = {}
+        self._memory = MemoryWatch(loop, lambda number, size: dispatch(events.MemorySeen(number, size)))
+        self._attach: list[Child] = []
+        self._attach_timer: asyncio.TimerHandle | None = None
+        #: Events that wait for an answer which is being stored.
+        self._storing: dict[int, list[events.Event]] = {}
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="herder-blobs")
+        self._oom_kills = oom_kills()
+        self._is_closed = False
+
+    def get(self, number: int) -> Child | None:
+        """The child, if it exists."""
+        return self._children.get(number)
+
+    def expect(
+        self,
+        number: int,
+        kind: Kind,
+        spec: WorkloadSpec,
+        command_spec: CommandSpec | None = None,
+        is_limited: bool = False,
+    ) -> None:
+        """A fresh interpreter or command was ordered; what is not expected is a forked child."""
+        self._expected[number] = _Expected(kind, spec, command_spec, is_limited)
+
+    def not_forked(self, number: int) -> None:
+        """What was ordered will not come."""
+        self._expected.pop(number, None)
+
+    def workload_of(self, child: Child) -> WorkloadSpec | None:
+        """The workload for which a fresh interpreter was ordered."""
+        expected = self._expected.get(child.number)
+        return expected.spec if expected is not None else None
+
+    def forked(self, template: Template, head: Forked, descriptors: list[int]) -> Child:
+        """A child is there; its descriptors are ours now."""
+        expected = self._expected.get(head.child)
+        kind: Kind = expected.kind if expected is not None else "fork"
+        child = Child(head.child, head.pid, kind, template.number)
+        self._children[head.child] = child
+        if kind != "command":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors.pop(0))
+            received, closed = partial(self._said, child), partial(self._closed, child)
+            child.channel = Channel(self._loop, sock, control.from_child, received, closed)
+        out, err, child.pidfd = descriptors
+        if kind == "command":
+            sizes = (command.OUTPUT_HEAD_BYTES, command.OUTPUT_TAIL_BYTES)
+            child.stdout, child.stderr = Capture(self._loop, out, *sizes), Capture(self._loop, err, *sizes)
+        else:
+            child.stdout, child.stderr = Capture(self._loop, out), Capture(self._loop, err)
+        if kind == "fork":
+            if template.baseline_age % _BASELINE_EVERY == 0:
+                template.baseline_bytes = anon_bytes(child.pid)
+            template.baseline_age += 1
+            child.baseline_bytes = template.baseline_bytes
+        return child
+
+    def begin(self, child: Child, open_fresh: Callable[[], None]) -> None:
+        """What follows the birth of a fresh interpreter or a command."""
+        if child.kind == "fork":
+            return
+        self._attach_later(child)
+        if child.kind == "fresh":
+            open_fresh()
+            return
+        expected = self._expected.get(child.number)
+        self._memory.add(child, is_limited=expected is not None and expected.is_limited)
+
+    def send_task(
+        self,
+        child: Child,
+        head: dict[str, object],
+        parts: list[bytes],
+        files: list[int],
+        *,
+        is_limited: bool,
+        reuses: bool,
+    ) -> None:
+        """Give it a task. One that `reuses` has its output cut by task, when it answers."""
+        child.reuses = reuses
+        child.send_task(head, parts, files)
+        self._memory.add(child, is_limited=is_limited)
+        self._attach_later(child)
+
+    def cannot_start(self, child: Child, message: str) -> None:
+        """What its task needs is gone."""
+        failure = Failure(Cause.DATA_LOST, message)
+        self._dispatch(events.ChildAnswered(child.number, Answer(failure=failure)))
+        child.stop()
+
+    def stop(self, number: int) -> None:
+        """Ask an idle child to end."""
+        child = self._children.get(number)
+        if child is not None:
+            child.stop()
+
+    def drop(self, number: int) -> None:
+        """Its template is gone: take what it said, kill it, let go of it."""
+        child = self._children.pop(number, None)
+        self._expected.pop(number, None)
+        self._memory.remove(number)
+        if child is not None:
+            child.kill()
+            child.close()
+
+    def drop_all_of(self, template: int) -> None:
+        """Let go of children of a template that is gone."""
+        for child in [child for child in self._children.values() if child.template == template]:
+            self.drop(child.number)
+
+    def exited(self, head: Exited) -> None:
+        """The template has reaped it."""
+        child = self._children.pop(head.child, None)
+        expected = self._expected.pop(head.child, None)
+        if child is None:
+            return
+        self._memory.remove(child.number)
+        if child.channel is not None:
+            child.channel.drain()
+        child.drain_output()
+        number = head.status & 0x7F
+        exit_ = Exit(
+            head.status, head.utime, head.stime, head.minflt, head.majflt, number == signal.SIGKILL and self._oom_seen()
+        )
+        if expected is not None and expected.command is not None:
+            self._command_exited(child, expected.command, exit_)
+        else:
+            self._tell(child.number, events.ChildExited(child.number, exit_, child.take_logs()))
+        child.close()
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._is_closed = True
+        self._memory.close()
+        if self._attach_timer is not None:
+            self._attach_timer.cancel()
+        for child in list(self._children.values()):
+            child.close()
+        self._children.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # What children say.
+
+    def _said(self, child: Child, head: FromChild, body: bytes, descriptors: list[int]) -> None:
+        match head:
+            case control.Started():
+                self._dispatch(events.ChildStarted(child.number))
+            case control.Result():
+                self._answered(child, head, body, descriptors)
+            case control.Error():
+                answer = Answer(
+                    None,
+                    _failure_of(head, body),
+                    head.wall,
+                    head.utime,
+                    head.stime,
+                    head.minflt,
+                    head.majflt,
+                    self._peak(child, head.peak),
+                )
+                self._tell_answer(child, answer)
+            case control.Idle():
+                child.baseline_bytes = anon_bytes(child.pid)
+                self._dispatch(events.ChildIdle(child.number, head.python))
+            case control.Failed():
+                cause = Cause(head.cause) if head.cause in set(Cause) else Cause.START_FAILED
+                self._dispatch(events.ChildSetupFailed(child.number, cause, head.message, head.traceback))
+
+    def _closed(self, child: Child, error: RemoteProtocolError | None) -> None:
+        """Its end follows from its template, unless it broke the protocol: then it is made to end."""
+        if error is not None:
+            _log.warning("child %d is killed: %s", child.pid, error)
+            child.kill()
+
+    def _answered(self, child: Child, head: control.Result, body: bytes, descriptors: list[int]) -> None:
+        answer = Answer(
+            None, None, head.wall, head.utime, head.stime, head.minflt, head.majflt, self._peak(child, head.peak)
+        )
+        if descriptors:
+            fd = descriptors[0]
+            size = os.fstat(fd).st_size
+
+            def store() -> BlobId:
+                try:
+                    return self._store.put_descriptor(fd, size)
+                finally:
+                    os.close(fd)
+
+            self._store_result(child.number, size, store, partial(self._tell_stored, child, answer))
+        elif len(body) > _SMALL_BYTES and self._is_crowded():
+            store_small = partial(self._store.put, body)
+            self._store_result(child.number, len(body), store_small, partial(self._tell_stored, child, answer))
+        else:
+            self._tell_answer(child, _with_result(answer, Payload(body, None, len(body))))
+
+    def _tell_stored(self, child: Child, answer: Answer, payload: Payload | None, error: str) -> None:
+        if payload is None:
+            failure = Failure(Cause.DATA_LOST, f"its result cannot be stored on this node: {error}")
+            self._tell_answer(child, Answer(failure=failure))
+        else:
+            self._tell_answer(child, _with_result(answer, payload))
+
+    def _tell_answer(self, child: Child, answer: Answer) -> None:
+        self._memory.remove(child.number)
+        logs = None
+        if child.reuses:
+            child.drain_output()
+            logs = child.take_logs()
+        self._dispatch(events.ChildAnswered(child.number, answer, logs))
+
+    def _peak(self, child: Child, own: int) -> int:
+        return max(own, anon_bytes(child.pid) - child.baseline_bytes)
+
+    # Results that go to disk first.
+
+    def _store_result(
+        self, number: int, size: int, store: Callable[[], BlobId], then: Callable[[Payload | None, str], None]
+    ) -> None:
+        self._storing.setdefault(number, [])
+        future = self._loop.run_in_executor(self._threads, store)
+
+        def stored(done: asyncio.Future[BlobId]) -> None:
+            waiting = self._storing.pop(number, [])
+            if self._is_closed or done.cancelled():
+                return
+            error = done.exception()
+            if error is None:
+                blob = done.result()
+                self._store.pin(blob)
+                self._store.keep(blob, size)
+                then(Payload(b"", blob, size), "")
+            else:
+                then(None, str(error))
+            for event in waiting:
+                self._dispatch(event)
+
+        future.add_done_callback(stored)
+
+    def _tell(self, number: int, event: events.Event) -> None:
+        waiting = self._storing.get(number)
+        if waiting is not None:
+            waiting.append(event)
+        else:
+            self._dispatch(event)
+
+    def _command_exited(self, child: Child, spec: CommandSpec, exit_: Exit) -> None:
+        content, out, err, dropped = command.result(child, exit_.status)
+        capture_out, capture_err = Capture.shorten(out), Capture.shorten(err)
+        cut = dropped or len(capture_out) < len(out) or len(capture_err) < len(err)
+        logs = Logs(capture_out, capture_err, cut) if out or err else None
+
+        def tell(payload: Payload | None, error: str) -> None:
+            if payload is None:
+                _log.error("the output of a command cannot be stored: %s", error)
+            self._dispatch(events.ChildExited(child.number, exit_, logs, payload, spec.check))
+
+        if len(content) <= INLINE_BYTES_MAX:
+            tell(Payload(content, None, len(content)), "")
+        else:
+            self._store_result(child.number, len(content), partial(self._store.put, content), tell)
+
+    def _oom_seen(self) -> bool:
+        kills = oom_kills()
+        seen = kills > self._oom_kills
+        self._oom_kills = kills
+        return seen
+
+    # Output.
+
+    def _attach_later(self, child: Child) -> None:
+        self._attach.append(child)
+        if self._attach_timer is None:
+            self._attach_timer = self._loop.call_later(_ATTACH_S, self._attach_all)
+
+    def _attach_all(self) -> None:
+        self._attach_timer = None
+        young, self._attach = self._attach, []
+        for child in young:
+            if self._children.get(child.number) is child:
+                child.attach_output()
+
+
+def _with_result(answer: Answer, result: Payload) -> Answer:
+    return Answer(
+        result,
+        None,
+        answer.wall_s,
+        answer.user_s,
+        answer.system_s,
+        answer.minor_faults,
+        answer.major_faults,
+        answer.peak_bytes,
+    )
+
+
+def _failure_of(head: control.Error, body: bytes) -> Failure:
+    cause = Cause(head.cause) if head.cause in set(Cause) else Cause.EXCEPTION
+    return Failure(
+        cause=cause,
+        message=head.message[:ERROR_TEXT_BYTES_MAX],
+        type_name=head.type[:1000],
+        traceback=head.traceback[-ERROR_TEXT_BYTES_MAX:],
+        pickled=body if 0 <= head.pickled <= INLINE_BYTES_MAX else None,
+        retryable=head.retryable,
+    )

@@ -1,0 +1,506 @@
+"""The agent's loop: the only owner of `State`. Everything that happens becomes an event; effects become calls.
+
+Nothing here waits. Events that arise while an event is taken are taken after it, in order. What is to be reported in one
+turn of the event loop leaves in one message per kind; a task that starts and ends within `STARTED_DELAY_S` is reported by
+its end alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from herder_agent.core import effects as fx
+from herder_agent.core import events
+from herder_agent.core.state import State
+from herder_agent.core.step import next_deadline_s, step
+from herder_agent.launch import command, control, forkserver, fresh
+from herder_agent.launch.child import Child
+from herder_agent.metrics import Counts
+from herder_agent.runtime import host
+from herder_agent.runtime.blobs import BlobStore, FunctionCache
+from herder_agent.runtime.children import Children
+from herder_agent.runtime.connection import Connection, size_of
+from herder_agent.runtime.environments import Environments
+from herder_agent.runtime.reap import Reaper
+from herder_shared.errors import DataLost
+from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
+from herder_shared.limits import MIB
+from herder_shared.states import Cause
+from herder_shared.wire.messages import AttemptEnd, AttemptStart, AuditStep, NodeReport, Payload, WorkloadReport
+
+_log = logging.getLogger("herder.agent")
+
+#: A start is reported this much later, unless the end comes first.
+STARTED_DELAY_S = 0.005
+#: Leftovers that cannot be killed: looked at again later and later; given up, with a word, after so long.
+_SWEEP_RETRY_S = 0.001
+_SWEEP_RETRY_S_MAX = 0.5
+_STUCK_S = 10.0
+#: Ends that the coordinator has not acknowledged: above it, results go to disk.
+_HELD_BYTES_MAX = 64 * MIB
+#: How long stopping may take before what is left is killed without asking.
+_STOP_LIMIT_S = 3.0
+
+
+class Place(NamedTuple):
+    """Where and whose this agent is."""
+
+    cluster: ClusterId
+    state_dir: Path
+    #: The agent's own environment.
+    environ: Mapping[str, str]
+
+
+class AgentLoop:
+    """Owns the state, and every process and descriptor of the agent."""
+
+    def __init__(
+        self, state: State, place: Place, *, stop: Callable[[str], None], linked: Callable[[int], None]
+    ) -> None:
+        self.state = state
+        self.place = place
+        self.counts = Counts()
+        self.loop = asyncio.get_running_loop()
+        self.reaper = Reaper()
+        self.store = BlobStore(place.state_dir / "blobs")
+        self.functions = FunctionCache(self.store)
+        self.connection = Connection(
+            store=self.store,
+            functions=self.functions,
+            dispatch=self.dispatch,
+            exposition=self._exposition,
+            stop=stop,
+            linked=linked,
+        )
+        self.exposition: Callable[[bool], tuple[bytes, str]] = lambda _openmetrics: (b"", "text/plain")
+        self.environments = Environments(self.loop, place, state.node, self.reaper)
+        self.children = Children(self.loop, self.store, self.dispatch, self.is_crowded)
+        self._cloudpickle = host.offer_cloudpickle(place.state_dir)
+        self._templates: dict[int, forkserver.Template] = {}
+        self._pending: deque[events.Event] = deque()
+        self._is_stepping = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
+        self._is_flush_due = False
+        self._sweep_due = False
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._sweep_since_s = 0.0
+        self._sweep_wait_s = _SWEEP_RETRY_S
+        self._started: list[AttemptId] = []
+        self._started_timer: asyncio.TimerHandle | None = None
+        self._ends: list[AttemptEnd] = []
+        self._workloads: dict[WorkloadKey, WorkloadReport] = {}
+        self._held_bytes = 0
+        self._use = host.CpuUse(state.cpus or host.usable_cpus())
+        self._is_closing = False
+
+    # Events and effects.
+
+    def dispatch(self, event: events.Event) -> None:
+        """Take an event, and do what follows from it."""
+        if self._is_closing:
+            return
+        self._pending.append(event)
+        if self._is_stepping:
+            return
+        self._is_stepping = True
+        try:
+            while self._pending:
+                event = self._pending.popleft()
+                if type(event) is events.AttemptsAcked:
+                    self._acked(event)
+                for effect in step(self.state, event, time.monotonic()):
+                    self._do(effect)
+        finally:
+            self._is_stepping = False
+        self._set_timer()
+
+    def _do(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.SendTask():
+                self._send_task(effect)
+            case fx.ReportStarted():
+                self._started.append(effect.attempt)
+                if self._started_timer is None:
+                    self._started_timer = self.loop.call_later(STARTED_DELAY_S, self._flush_started)
+            case fx.SweepLeftovers():
+                self._sweep_due = True
+                self._flush_soon()
+            case fx.ReportEnd():
+                self._ends.append(effect.end)
+                self._held_bytes += size_of(effect.end)
+                self._flush_soon()
+            case fx.ForkChildren():
+                orders = [{"child": child} for child in effect.children]
+                self._order(effect.template, {"t": "fork", "n": len(orders), "children": orders})
+            case fx.Observe():
+                self.counts.observe(effect)
+                if effect.kind == "fork_unsafe":
+                    _log.warning("forking is not safe, fresh interpreters are used: %s", effect.label)
+            case fx.SpawnFresh():
+                self._spawn_fresh(effect)
+            case fx.SpawnCommand():
+                self._spawn_command(effect)
+            case fx.SignalChild():
+                self._signal(effect)
+            case fx.StopChild():
+                self.children.stop(effect.child)
+            case fx.DropChild():
+                self.children.drop(effect.child)
+            case fx.StartTemplate():
+                self._start_template(effect)
+            case fx.StopTemplate():
+                if (template := self._templates.get(effect.template)) is not None:
+                    template.stop()
+            case fx.FetchBlobs():
+                self.connection.fetch(effect.attempt, effect.blobs)
+            case fx.ReleaseBlobs():
+                self.connection.release(effect.attempt)
+            case fx.UploadBlob():
+                self.connection.upload(effect.blob)
+            case fx.SendSync():
+                self._ends.clear()
+                self._started.clear()
+                self.connection.sync(effect.running, effect.ended)
+            case fx.ReportWorkload():
+                self._workloads[effect.report.key] = effect.report
+                self._flush_soon()
+
+    def is_crowded(self) -> bool:
+        """So much waits for acknowledgement that further results belong on disk."""
+        return self._held_bytes > _HELD_BYTES_MAX
+
+    def _acked(self, event: events.AttemptsAcked) -> None:
+        for attempt in event.attempts:
+            end = self.state.ends.get(attempt)
+            if end is not None:
+                self._held_bytes = max(0, self._held_bytes - size_of(end))
+                if end.result is not None and end.result.blob is not None:
+                    self.store.unpin(end.result.blob)
+
+    # Time.
+
+    def _set_timer(self) -> None:
+        due_s = next_deadline_s(self.state)
+        if due_s is None or (self._timer is not None and self._timer_s <= due_s):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_s = due_s
+        self._timer = self.loop.call_later(max(0.0, due_s - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.dispatch(events.Ticked())
+
+    # Once a turn: what ended children left behind, then the reports.
+
+    def _flush_soon(self) -> None:
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        if self._is_closing:
+            return
+        if self._sweep_due:
+            self._sweep()
+        if self._started and self._ends:
+            ended = {end.attempt for end in self._ends}
+            self._started = [attempt for attempt in self._started if attempt not in ended]
+        ends, self._ends = self._ends, []
+        workloads, self._workloads = self._workloads, {}
+        self.connection.report([], ends, list(workloads.values()))
+
+    def _flush_started(self) -> None:
+        self._started_timer = None
+        started, self._started = self._started, []
+        self.connection.report(started, [], [])
+
+    def _sweep(self) -> None:
+        left = self.reaper.sweep()
+        now_s = time.monotonic()
+        if left:
+            self._sweep_since_s = self._sweep_since_s or now_s
+            if now_s - self._sweep_since_s < _STUCK_S:
+                if self._sweep_timer is None:
+                    self._sweep_timer = self.loop.call_later(self._sweep_wait_s, self._sweep_again)
+                    self._sweep_wait_s = min(2 * self._sweep_wait_s, _SWEEP_RETRY_S_MAX)
+                return
+            _log.error("processes that tasks left behind cannot be killed: %s", sorted(left))
+            self.reaper.known |= left
+        self._sweep_due = False
+        self._sweep_since_s = 0.0
+        self._sweep_wait_s = _SWEEP_RETRY_S
+        self.dispatch(events.LeftoversGone())
+
+    def _sweep_again(self) -> None:
+        self._sweep_timer = None
+        self._flush_soon()
+
+    # Templates.
+
+    def _start_template(self, effect: fx.StartTemplate) -> None:
+        spec = effect.workload
+        template = forkserver.Template(
+            effect.template, spec, loop=self.loop, received=self._template_said, exited=self._template_exited
+        )
+        self._templates[effect.template] = template
+
+        def with_environment(environment: dict[str, str]) -> None:
+            if effect.template not in self._templates:
+                return
+            name = spec.key if spec is not None else "spawner"
+            opening = forkserver.open_head(
+                spec, cluster=self.place.cluster, node=self.state.node, cloudpickle_path=self._cloudpickle
+            )
+            try:
+                template.start(environment, self.place.state_dir / "logs" / f"template-{name}.log", opening)
+            except OSError as error:
+                without(
+                    f"the interpreter {(spec.python if spec else None) or 'of the agent'} cannot be started: {error}"
+                )
+                return
+            self.reaper.known.add(template.pid)
+
+        def without(message: str) -> None:
+            self._templates.pop(effect.template, None)
+            cause = Cause.SETUP_FAILED if spec is not None and spec.prologue else Cause.START_FAILED
+            self.dispatch(events.TemplateFailed(effect.template, cause, message))
+            self.dispatch(events.TemplateExited(effect.template, message))
+
+        self.environments.get(spec, with_environment, without)
+
+    def _order(self, number: int, head: dict[str, object], body: bytes = b"") -> None:
+        template = self._templates.get(number)
+        if template is not None:
+            template.send(head, body)
+
+    def _template_said(self, template: forkserver.Template, head: control.FromTemplate, descriptors: list[int]) -> None:
+        number = template.number
+        match head:
+            case control.Forked():
+                child = self.children.forked(template, head, descriptors)
+                self.dispatch(events.ChildForked(head.child, head.pid))
+                self.children.begin(child, partial(self._open_fresh, child))
+            case control.Exited():
+                self.children.exited(head)
+            case control.ForkFailed():
+                self.children.not_forked(head.child)
+                self.dispatch(events.ChildForkFailed(head.child, head.message))
+            case control.Step():
+                audited = AuditStep(
+                    head.step, head.seconds, head.rss, head.threads, head.verdict, head.findings, head.applied
+                )
+                self.dispatch(events.TemplateStepped(number, audited))
+            case control.Ready():
+                ready = events.TemplateReady(
+                    number, head.start, head.fork_point, head.reason, head.python, head.pid, head.start_s, head.rss
+                )
+                self.dispatch(ready)
+            case control.Failed():
+                self.dispatch(events.TemplateFailed(number, cause_of(head.cause), head.message, head.traceback))
+            case control.Log():
+                level = logging.getLevelNamesMapping().get(head.level.upper(), logging.INFO)
+                _log.log(level, "template %d: %s", number, head.text[:2000])
+            case control.Stats():
+                pass
+
+    def _template_exited(self, template: forkserver.Template, message: str) -> None:
+        self._templates.pop(template.number, None)
+        self.reaper.known.discard(template.pid)
+        if not template.is_stopping:
+            _log.warning("%s", message)
+        self.dispatch(events.TemplateExited(template.number, message))
+        self.children.drop_all_of(template.number)
+
+    def template_pids(self) -> list[int]:
+        """Processes of templates that run, for the account of their memory."""
+        return [template.pid for template in self._templates.values() if template.pid]
+
+    # Children.
+
+    def _spawn_fresh(self, effect: fx.SpawnFresh) -> None:
+        self.children.expect(effect.child, "fresh", effect.workload)
+
+        def with_environment(environment: dict[str, str]) -> None:
+            self._order(effect.template, fresh.order(effect.child, effect.workload, environment))
+
+        def without(message: str) -> None:
+            self.dispatch(events.ChildForkFailed(effect.child, message))
+
+        self.environments.get(effect.workload, with_environment, without)
+
+    def _open_fresh(self, child: Child) -> None:
+        spec = self.children.workload_of(child)
+        if spec is None or child.channel is None:
+            return
+        opening = forkserver.open_head(
+            spec, cluster=self.place.cluster, node=self.state.node, cloudpickle_path=self._cloudpickle
+        )
+        child.channel.send(opening, [spec.setup] if spec.setup else [])
+
+    def _spawn_command(self, effect: fx.SpawnCommand) -> None:
+        start = effect.attempt
+        try:
+            spec = command.decode(self._content(start.args))
+        except (DataLost, ValueError) as error:
+            self.dispatch(events.ChildForkFailed(effect.child, f"its arguments cannot be read: {error}"))
+            return
+        self.children.expect(effect.child, "command", effect.workload, spec, bool(effect.options.memory_bytes))
+
+        def with_environment(environment: dict[str, str]) -> None:
+            full = {**environment, **self._marks(start, effect.grant)}
+            head, body = command.order(effect, spec, full)
+            self._order(effect.template, head, body)
+
+        def without(message: str) -> None:
+            self.dispatch(events.ChildForkFailed(effect.child, message))
+
+        self.environments.get(effect.workload, with_environment, without)
+
+    def _marks(self, start: AttemptStart, grant: fx.Grant) -> dict[str, str]:
+        marks = {"HERDER_ATTEMPT": f"{self.place.cluster}/{start.attempt.epoch}.{start.attempt.n}"}
+        if grant.gpus:
+            marks["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, grant.gpus))
+        return marks
+
+    def _content(self, payload: Payload) -> bytes:
+        if payload.blob is None:
+            return payload.inline
+        fd = self.store.open(payload.blob)
+        try:
+            return os.pread(fd, self.store.size_of(payload.blob), 0)
+        finally:
+            os.close(fd)
+
+    def _send_task(self, effect: fx.SendTask) -> None:
+        child = self.children.get(effect.child)
+        if child is None:
+            return
+        start, options, grant = effect.attempt, effect.options, effect.grant
+        names: list[tuple[str, int]] = []
+        parts: list[bytes] = []
+        file_names: list[str] = []
+        files: list[int] = []
+
+        def add(name: str, payload: Payload) -> None:
+            if payload.blob is None:
+                names.append((name, len(payload.inline)))
+                parts.append(payload.inline)
+            else:
+                files.append(self.store.open(payload.blob))
+                file_names.append(name)
+
+        try:
+            function = start.function or ""
+            if function and function != child.function:
+                content = self.functions.get(start.function) if start.function is not None else None
+                add("function", Payload(content) if content is not None else Payload(blob=start.function))
+                child.function = function
+            add("args", start.args)
+            if options.retry_on:
+                add("retry_on", Payload(options.retry_on))
+            for job, index, payload in start.deps:
+                add(f"dep:{job}:{index}", payload)
+        except DataLost as error:
+            for fd in files:
+                os.close(fd)
+            child.function = ""
+            self.children.cannot_start(child, str(error))
+            return
+        head: dict[str, object] = {
+            "t": "task",
+            "attempt": f"{start.attempt.epoch}.{start.attempt.n}",
+            "ordinal": start.ordinal,
+            "job": start.job,
+            "index": start.index,
+            "node": self.state.node,
+            "function": function,
+            "parts": names,
+            "fds": file_names,
+            "cpus": grant.cpus or None,
+            "threads": grant.threads,
+            "seed": options.seed,
+            "env": self._marks(start, grant),
+            "python": start.python,
+            "scratch": None,
+            "gpus": grant.gpus,
+            "discard": options.stdout == "discard",
+            "limits": {},
+        }
+        self.children.send_task(child, head, parts, files, is_limited=bool(options.memory_bytes), reuses=effect.reuses)
+        for fd in files:
+            os.close(fd)
+
+    def _signal(self, effect: fx.SignalChild) -> None:
+        child = self.children.get(effect.child)
+        if child is not None:
+            self._order(child.template, {"t": "kill", "child": child.number, "signal": int(effect.signal)})
+
+    # Reports.
+
+    def report(self) -> NodeReport:
+        """The node's account, now."""
+        self.dispatch(events.Ticked())
+        state = self.state
+        return NodeReport(
+            core_seconds={core.value: seconds for core, seconds in state.account.seconds.items()},
+            running=state.running_count,
+            queued=len(state.queue),
+            slots_used=state.slots.used,
+            cpu_busy_ratio=self._use.busy_ratio(),
+            memory_used_bytes=host.memory_used_bytes(),
+        )
+
+    def _exposition(self, openmetrics: bool) -> tuple[bytes, str]:
+        return self.exposition(openmetrics)
+
+    # The end.
+
+    async def close(self) -> None:
+        """End every process of ours, and let go of everything. What runs is killed."""
+        self._is_closing = True
+        for timer in (self._timer, self._sweep_timer, self._started_timer):
+            if timer is not None:
+                timer.cancel()
+        self.environments.close()
+        for template in list(self._templates.values()):
+            if template.pid:
+                template.stop()
+            else:
+                self._templates.pop(template.number)
+        deadline_s = time.monotonic() + _STOP_LIMIT_S
+        while self._templates and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.005)
+        self.end_now()
+        while self.reaper.sweep() and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.005)
+        self.children.close()
+        self.connection.close()
+        self.reaper.close()
+
+    def end_now(self) -> None:
+        """SIGKILL to all that is ours, without waiting."""
+        self._is_closing = True
+        for template in self._templates.values():
+            template.kill()
+        self.reaper.known.clear()
+        self.reaper.sweep()
+
+
+def cause_of(text: str) -> Cause:
+    """The cause that a template or child named; one that we do not know is a failed start."""
+    try:
+        return Cause(text)
+    except ValueError:
+        return Cause.START_FAILED
