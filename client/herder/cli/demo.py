@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
@@ -160,7 +160,7 @@ def analyse(client: Client, workload: Workload, fits: int) -> tuple[Answer, Run]
     return answer, run_of(futures, wall_s)
 
 
-def watched(job: Job) -> list[Future]:
+def watched(job: Job) -> list[Future[Any]]:
     """All futures of the job, with a progress bar on stderr while they come."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -169,7 +169,7 @@ def watched(job: Job) -> list[Future]:
         return list(progress.track(job.as_completed(), total=len(job), description="fits"))
 
 
-def run_of(futures: list[Future], wall_s: float) -> Run:
+def run_of(futures: list[Future[Any]], wall_s: float) -> Run:
     """What the accounts of all attempts say together."""
     usages = [future.usage() for future in futures]
     methods = [usage.start_method for usage in usages]

@@ -28,7 +28,7 @@ TASKS_SHOWN_MAX = 20
 def jobs(show_all: bool, profile: str | None, as_json: bool) -> None:
     """List the jobs."""
     with connected(profile) as client:
-        found = [each.status() for each in client.jobs()]
+        found = list(client.jobs())
     if as_json:
         print_json(found)
         return
@@ -116,7 +116,7 @@ def wait(job_id: str, timeout: float | None, profile: str | None, as_json: bool)
     """
     with connected(profile, reconnect_timeout_s=None) as client:
         found = client.job(JobId(job_id))
-        ended = found.wait(timeout, progress=not as_json and sys.stderr.isatty())
+        ended = found.wait(timeout, progress=not as_json and sys.stdout.isatty())
         info = found.status()
     if as_json:
         print_json(info)
@@ -149,7 +149,7 @@ def cancel(what: tuple[str, ...], profile: str | None, as_json: bool) -> None:
             if index is None:
                 found.cancel()
             else:
-                found.cancel(index)
+                found.future(index).cancel()
     if as_json:
         print_json({"cancelled": what})
     else:
@@ -200,7 +200,7 @@ def follow_logs(found: Job, *, as_json: bool) -> None:
         show_logs(logs_of(future, found), future.index, as_json=as_json, titled=len(found) > 1)
 
 
-def logs_of(future: Future, found: Job) -> Any:
+def logs_of(future: Future[Any], found: Job) -> Any:
     """A cancelled task's output comes from the coordinator; an ended one's came with its end."""
     return found.logs(future.index) if future.cancelled() else future.logs()
 

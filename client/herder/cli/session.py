@@ -42,6 +42,6 @@ def connected(profile: str | None, *, reconnect_timeout_s: float | None = CONNEC
     try:
         yield client
     except BaseException:
-        client.shutdown(wait=False, cancel_futures=True)
+        client.abort()
         raise
     client.shutdown(wait=True)

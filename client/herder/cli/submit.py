@@ -74,16 +74,39 @@ def command(  # noqa: PLR0917 - click passes them by name
     with input_values(ranges, each, stdin_lines) as values:
         parsed = parse_command(arguments, takes_value=values is not None)
         chosen = job_options(options, parsed, detached=not wait_end)
+        fed = Fed([parsed.plain()] if values is None else expand(parsed, values))
         with connected(profile) as client:
-            commands = [parsed.plain()] if values is None else expand(parsed, values)
-            job = client.options(**chosen).command_array(commands, cwd=cwd, env=variables)
+            job = client.options(**chosen).command_array(fed, cwd=cwd, env=variables, name=chosen["name"])
             status = follow(job, as_json=as_json, quiet=quiet or as_json) if wait_end else None
+    if fed.error is not None:
+        with connected(profile) as client:
+            client.job(job.id).cancel()
+        raise fed.error
     if status is not None:
         sys.exit(status)
     if as_json:
         print_json({"job": job.id, "name": job.name, "tasks": len(job)})
     else:
         click.echo(job.id)
+
+
+class Fed:
+    """The commands, on their way into the job; `error` is what ended them early.
+
+    They are consumed in the client's own thread. A detached job's end is not waited for, so the error is looked at when
+    everything was sent, and what was sent is cancelled.
+    """
+
+    def __init__(self, commands: Iterable[list[str] | str]) -> None:
+        self._commands = commands
+        self.error: HerderError | None = None
+
+    def __iter__(self) -> Iterator[list[str] | str]:
+        try:
+            yield from self._commands
+        except HerderError as error:
+            self.error = error
+            raise
 
 
 @contextmanager
@@ -115,7 +138,7 @@ def read_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             yield line.rstrip(b"\n").removesuffix(b"\r").decode()
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{name}, line {number}: not UTF-8 ({error.reason}); no task was made of it") from error
+            raise ConfigError(f"{name}, line {number}: not UTF-8 ({error.reason}); the job is cancelled") from error
 
 
 def parse_environment(pairs: Iterable[str]) -> dict[str, str] | None:
@@ -172,7 +195,7 @@ def follow(job: Job, *, as_json: bool, quiet: bool) -> int:
     return EXIT_FAILED if failures else 0
 
 
-def failure_of(future: Future) -> str | None:
+def failure_of(future: Future[Any]) -> str | None:
     """How the task failed, in a line; None when it succeeded."""
     try:
         error = future.exception()
@@ -183,7 +206,7 @@ def failure_of(future: Future) -> str | None:
     return error_line(error).removeprefix("herder: ") if isinstance(error, HerderError) else repr(error)
 
 
-def show_output(future: Future) -> None:
+def show_output(future: Future[Any]) -> None:
     """A command's output, whole, as the task gave it; of a task that was killed, what was captured."""
     if future.cancelled():
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -88,5 +89,5 @@ def test_true_labels_fit_better_than_shuffled_ones(monkeypatch: pytest.MonkeyPat
 
 def test_run_counts_processes_and_start_methods() -> None:
     usages = [SimpleNamespace(node="n", pid=pid, start_method="fork", wall_s=0.1) for pid in (1, 2, 2)]
-    futures = [SimpleNamespace(usage=lambda usage=usage: usage) for usage in usages]
+    futures: list[Any] = [SimpleNamespace(usage=lambda usage=usage: usage) for usage in usages]
     assert run_of(futures, 1.0) == Run(1.0, 0.1, 2, {"fork": 3})

@@ -23,10 +23,10 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 def measure(conditions: Conditions) -> list[Figure]:
     """The share of a core of coordinator and agent."""
     seconds = max(IDLE_S_MIN, conditions.seconds)
-    with cluster_of_one(conditions) as (_, client):
+    with cluster_of_one(conditions) as (cluster, client):
         client.submit(no_op()).result()
-        agent = client.nodes()[0].facts.pid
-        pids = {"idle-coordinator": coordinator_pid(), "idle-agent": agent}
+        names = ("idle-coordinator" if name == "coordinator" else "idle-agent" for name in cluster.processes)
+        pids = dict(zip(names, (process.pid for process in cluster.processes.values()), strict=True))
         time.sleep(SETTLE_S)
         before = {name: cpu_ticks(pid) for name, pid in pids.items()}
         began = time.perf_counter()
@@ -45,27 +45,3 @@ def cpu_ticks(pid: int) -> int:
     """User and system time of a process so far, all threads, in clock ticks."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
-
-
-def coordinator_pid() -> int:
-    """The coordinator that this process started: its child with that module on its command line."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and parent_of(entry) == os.getpid() and b"herder_coordinator" in command_of(entry):
-            return int(entry.name)
-    raise AssertionError("the local cluster has no coordinator process")
-
-
-def parent_of(entry: Path) -> int:
-    """The parent's id; 0 when the process has gone."""
-    try:
-        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
-def command_of(entry: Path) -> bytes:
-    """The command line; empty when the process has gone."""
-    try:
-        return (entry / "cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
