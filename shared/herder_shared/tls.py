@@ -187,7 +187,7 @@ def peer_of(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> Peer:
     names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
     common = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
     if len(names) != 1 or len(common) != 1:
-        raise Unauthorized("the certificate has no Herder name: make it with `herder init` or `herder keys issue`")
+        raise Unauthorized("the certificate has no Herder name: `herder init` and `herder up` make such ones")
     role, cluster = _parse_dns_name(names[0])
     return Peer(role=role, name=common[0], cluster=cluster, serial=str(certificate.get("serialNumber", "")).lower())
 
@@ -230,7 +230,7 @@ def check_identity(identity: Path) -> None:
     for name in (CERTIFICATE, KEY, AUTHORITY_CERTIFICATE):
         if not (identity / name).exists():
             raise ConfigError(
-                f"{identity / name} is missing: an identity is made by `herder init` or `herder keys issue`"
+                f"{identity / name} is missing: an identity is made by `herder init`, for a node by `herder up`"
             )
     _check_secret(identity / KEY)
 

@@ -13,7 +13,7 @@ import ssl
 from herder_shared.errors import HerderError, ProtocolMismatch, RemoteProtocolError, Unauthorized, Unreachable
 
 _READ_BYTES = 256 * 1024
-_RENEW = "`herder keys issue`, or `herder up` again, makes a new one"
+_RENEW = "issue it again from the profile's authority (for a node, `herder up` does)"
 
 
 class SecurePipe:

@@ -48,6 +48,8 @@ _log = logging.getLogger("herder.wire")
 
 #: How often an acceptor looks for silent links.
 _SWEEP_S = 1.0
+#: A handshake younger than this is not crowded out by newer ones; an honest one takes a few milliseconds.
+_YOUNG_S = 1.0
 
 
 # --- the coordinator's end -------------------------------------------------------------------------------------------
@@ -63,13 +65,14 @@ class _Accepted(Connection):
         self._acceptor = acceptor
         self._peer: Peer | None = None
         self._address = "?"
+        self.started_s = self._loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         name = transport.get_extra_info("peername")
         self._address = f"{name[0]}:{name[1]}" if name else "?"
         self._greeting_timer = self._loop.call_later(self._acceptor.handshake_timeout_s, self._too_slow)
-        self._acceptor.connected(self)
         super().connection_made(transport)
+        self._acceptor.connected(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -181,14 +184,19 @@ class Acceptor:
     # What connections report.
 
     def connected(self, connection: _Accepted) -> None:
-        """A TCP connection came. Where too many are greeting, the one that has taken longest makes room."""
+        """A TCP connection came.
+
+        Where too many are greeting, the one that has taken longest makes room. While all of them are young it is the
+        new one that must come again: in a crowd of honest peers (a restart) what is nearly done is not thrown away.
+        """
         self._connections[connection] = None
-        if len(self._greeting) >= HANDSHAKES_MAX:
-            oldest = next(iter(self._greeting))
-            del self._greeting[oldest]
-            self.count("crowded out", "?")
-            oldest.abort(RemoteProtocolError("too many handshakes"))
         self._greeting[connection] = None
+        if len(self._greeting) > HANDSHAKES_MAX:
+            oldest = next(iter(self._greeting))
+            unlucky = oldest if connection.started_s - oldest.started_s > _YOUNG_S else connection
+            del self._greeting[unlucky]
+            self.count("crowded out", "?", f"more than {HANDSHAKES_MAX} handshakes at a time")
+            unlucky.abort(RemoteProtocolError("too many handshakes"))
 
     def greeted(self, connection: _Accepted) -> None:
         """It has become a link."""

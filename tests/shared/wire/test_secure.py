@@ -72,7 +72,7 @@ def ssl_error(reason: str) -> ssl.SSLError:
 @pytest.mark.parametrize(
     ("reason", "kind", "text"),
     [
-        ("SSLV3_ALERT_CERTIFICATE_EXPIRED", Unauthorized, "keys issue"),
+        ("SSLV3_ALERT_CERTIFICATE_EXPIRED", Unauthorized, "issue it again"),
         ("SSLV3_ALERT_CERTIFICATE_REVOKED", Unauthorized, "revoked"),
         ("TLSV1_ALERT_UNKNOWN_CA", Unauthorized, "another cluster"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", Unauthorized, "profile"),

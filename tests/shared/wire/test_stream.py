@@ -220,7 +220,7 @@ def test_an_expired_client_certificate_is_unauthorized(run: Run, authority: Auth
             error = await refusal_of(Client(authority.identity("client", "old", days=-1), address))
             assert isinstance(error, Unauthorized)
             assert "has expired" in str(error)
-            assert "keys issue" in str(error)
+            assert "issue it again" in str(error)
 
     run(scenario())
 
