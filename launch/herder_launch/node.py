@@ -174,7 +174,9 @@ def private_folder(folder: Path) -> Path:
         NodeError: it is a link, somebody else's, or open to others; with what to do.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (*reversed(folder.parents), folder):
+            if not each.exists():
+                each.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
         raise NodeError(f"cannot make {folder}: {error.strerror}; set HERDER_STATE to a folder of yours") from error

@@ -4,6 +4,7 @@
 # then on only reaps orphans, as bash does by itself.
 set -eu
 name=$1 disk=$2 etc=$3 serves=$4
+shift 4 # what is left: folders of other file systems that the host must see
 
 hostname "$name"
 mount --make-rprivate /
@@ -18,6 +19,10 @@ mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs run
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs dev/shm
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs tmp
 mkdir -p run/sshd run/lock
+for folder in "$@"; do
+    mkdir -p "${folder#/}"
+    mount --rbind "$folder" "${folder#/}"
+done
 echo "$name" > etc/hostname
 cp "$etc/hosts" etc/hosts
 rm -rf root/.ssh var/lib/herder

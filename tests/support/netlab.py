@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class Host:
                 f"--net=/proc/{self._holder().pid}/ns/net",
                 *("unshare", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child=KILL"),
                 *(str(INIT), self.name, str(self.disk), str(self.lab.etc), "yes" if self.spec.sshd else "no"),
+                *_other_mounts(),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -337,6 +339,13 @@ class Lab:
 def public_key(private: Path) -> str:
     """Type and base64 of the public half of a key made by this lab."""
     return " ".join(Path(f"{private}.pub").read_text().split()[:2])
+
+
+def _other_mounts() -> list[str]:
+    """Where this repository and its interpreter are, if not on the root file system: hosts see only that otherwise."""
+    root = os.stat("/").st_dev
+    places = (Path(__file__).resolve().parents[2], Path(sys.prefix), Path(sys.base_prefix))
+    return [str(place) for place in places if place.stat().st_dev != root]
 
 
 def _known_name(host: Host) -> str:
