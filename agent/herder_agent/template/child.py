@@ -105,7 +105,7 @@ def run_fresh(fd: int) -> NoReturn:
             for name in steps.names:
                 steps.take(name)
         except preload.Broken as broken:
-            _flush_all()
+            task.flush_all()
             channel.send({"t": "failed", **broken.head})
             os._exit(0)
         runner = task.Runner(seen, preload.python_tag(), preload.thread_controller())
@@ -156,7 +156,7 @@ def leave(status: int) -> NoReturn:
         _join_threads()
         _end_multiprocessing()
         atexit._run_exitfuncs()
-        _flush_all()
+        task.flush_all()
     except BaseException as error:  # noqa: BLE001 - the last words of a process
         sys.stderr.write(f"herder: while the task's process ended: {failures.traceback_text(error)}")
     finally:
@@ -255,11 +255,6 @@ def _end_multiprocessing() -> None:
     for child in list(process._children):
         if child.daemon:
             child.terminate()
-
-
-def _flush_all() -> None:
-    task.flush_streams()
-    system.flush_c_stdio()
 
 
 _DESCRIPTORS_END = 1 << 20

@@ -99,7 +99,7 @@ def pickle_exception(error: BaseException) -> bytes | None:
 
 def unpickling_message(what: str, error: BaseException) -> str:
     """Why a function or an argument could not be unpickled here, and what to do."""
-    text = f"the task's {what} could not be unpickled on this node: {type_name(error)}: {message_of(error)}"
+    text = f"{what} could not be unpickled on this node: {type_name(error)}: {message_of(error)}"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if isinstance(error, ModuleNotFoundError):
         return (

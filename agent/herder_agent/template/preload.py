@@ -90,7 +90,7 @@ class Preload:
         try:
             function = self._load_setup()
         except BaseException as error:
-            message = f"setup {name!r} could not be loaded: {failures.unpickling_message('setup', error)}"
+            message = failures.unpickling_message(f"setup {name!r}", error)
             raise Broken("setup_failed", message, error) from error
         try:
             with one_native_thread(self.applied):

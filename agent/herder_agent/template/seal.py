@@ -54,8 +54,7 @@ def _settle_streams() -> None:
         if reconfigure is not None:
             # A task's line is in its pipe when it is written: it survives a crash, and can be followed.
             reconfigure(line_buffering=True, errors="backslashreplace")
-    task.flush_streams()
-    system.flush_c_stdio()
+    task.flush_all()
 
 
 def _kept(fd: int) -> child.Kept:

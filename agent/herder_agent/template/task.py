@@ -57,6 +57,8 @@ class Runner:
         #: A threadpoolctl controller made in the template, where threadpoolctl is installed: sets native pools'
         #: threads.
         self.controller = controller
+        #: Output must be in its pipe before the answer is in its socket. A child of one task leaves C's to its end.
+        self.flush = flush_streams
         self.setup_error: dict[str, Any] | None = None
         self._functions: dict[str, Any] = {}
         self._threads = 1
@@ -91,7 +93,7 @@ class Runner:
         except SystemExit as ended:
             raise Exit(_exit_status(ended)) from None
         except failures.Refusal as refusal:
-            flush_streams()
+            self.flush()
             head = {"t": "error", "cause": refusal.cause, "type": "", "message": str(refusal), "traceback": ""}
             cause = refusal.__cause__
             if cause is not None:
@@ -103,12 +105,12 @@ class Runner:
         except BaseException as raised:  # noqa: BLE001 - whatever the user's code raised is the task's outcome
             error = raised
         else:
-            flush_streams()
+            self.flush()
             self._send_result(channel, answer, usage)
             return
         finally:
             self.seen.leave()
-        flush_streams()
+        self.flush()
         self._send_exception(channel, error, retry_on, usage)
         del error  # its traceback holds this frame
 
@@ -120,6 +122,7 @@ class Runner:
     def remember(self) -> None:
         """What `restore` restores is as it is now. Called by children that run more than one task."""
         self._baseline = Baseline()
+        self.flush = flush_all
 
     def _parts(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> dict[str, Any]:
         parts: dict[str, Any] = {}
@@ -205,7 +208,9 @@ class Runner:
         except (failures.Refusal, SystemExit):
             raise
         except BaseException as error:
-            raise failures.Refusal("cannot_unpickle", failures.unpickling_message(what, error)) from error
+            raise failures.Refusal(
+                "cannot_unpickle", failures.unpickling_message(f"the task's {what}", error)
+            ) from error
 
     def _pickle(self, value: Any) -> bytes:
         try:
@@ -356,8 +361,14 @@ def sealed_memfd(content: bytes) -> int:
     return fd
 
 
+def flush_all() -> None:
+    """Python's streams, then C's."""
+    flush_streams()
+    system.flush_c_stdio()
+
+
 def flush_streams() -> None:
-    """Output is in its pipe before the result is in its socket."""
+    """`sys.stdout` and `sys.stderr`."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -209,7 +209,9 @@ def test_declared_threads_are_allowed() -> None:
 def test_unsafe_first_state_means_fresh_interpreters(tmp_path: Path) -> None:
     # A cloudpickle of the user's own that starts a thread: not even "start" is safe.
     (tmp_path / "cloudpickle.py").write_text(
-        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n__version__ = '3.1.0'\n"
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "__version__ = '3.1.0'\n"
     )
     with driver.template() as running:
         answer = running.open(paths=[str(tmp_path)])

@@ -1,0 +1,59 @@
+"""`herder audit`: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from herder_agent.audit_command import command
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "starts_a_thread.py").write_text(
+        "from threading import Event, Thread\n"
+        "def setup():\n"
+        "    Thread(target=Event().wait, name='lasting', daemon=True).start()\n"
+    )
+
+
+@pytest.mark.slow
+def test_safe_modules_are_forked_after_the_last_of_them() -> None:
+    result = CliRunner().invoke(command, ["decimal", "--json"])
+    assert result.exit_code == 0
+    verdict = json.loads(result.stdout)
+    assert verdict["fork_point"] == "import decimal"
+    assert [step["step"] for step in verdict["steps"]] == ["start", "import decimal", "canary", "seal"]
+    assert 0 < verdict["fork_s"] < verdict["fresh_s"]
+
+
+@pytest.mark.slow
+def test_thread_of_setup_is_named_with_its_cure_and_the_shallower_fork_point() -> None:
+    result = CliRunner().invoke(command, ["decimal", "--setup", "starts_a_thread.setup"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "R1, unsafe: Python thread 'lasting'" in result.stdout
+    assert "Cure: end it in setup" in result.stdout
+    assert "Forks after 'import decimal'" in result.stdout
+
+
+@pytest.mark.slow
+def test_setup_that_is_not_there_exits_with_one() -> None:
+    result = CliRunner().invoke(command, ["--setup", "starts_a_thread.no_such_function"])
+    assert result.exit_code == 1
+    assert "no_such_function" in result.stderr
+
+
+def test_interpreter_that_is_not_there_is_told() -> None:
+    result = CliRunner().invoke(command, ["--python", "/no/such/python"])
+    assert result.exit_code == 1
+    assert "cannot run '/no/such/python'" in result.stderr
+
+
+def test_setup_without_a_module_is_a_usage_error() -> None:
+    result = CliRunner().invoke(command, ["--setup", "function", "--python", sys.executable])
+    assert result.exit_code == 2
