@@ -264,7 +264,8 @@ class Server:
         self.metrics.observe(observation)
         if observation.kind.startswith("node_") or observation.kind == "stalled":
             labels = " ".join(f"{name}={value}" for name, value in observation.labels)
-            log.warning("%s %s (%g)", observation.kind, labels, observation.value)
+            level = logging.INFO if observation.kind == "node_up" else logging.WARNING
+            log.log(level, "%s %s (%g)", observation.kind, labels, observation.value)
 
     def observe_decision(self, seconds: float) -> None:
         """Outlets."""
