@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 from herder_agent.core.effects import SpawnCommand
@@ -28,12 +30,12 @@ def decode(content: bytes) -> CommandSpec:
     return _decoder.decode(content)
 
 
-def order(effect: SpawnCommand, command: CommandSpec, environment: dict[str, str]) -> tuple[dict[str, object], bytes]:
-    """The `exec` order for a command and its body (stdin)."""
+def order(effect: SpawnCommand, command: CommandSpec, environment: dict[str, str]) -> dict[str, object]:
+    """The `exec` order for a command."""
     argv = list(command.argv) if command.shell is None else ["/bin/sh", "-c", command.shell]
     if command.stdin_path is not None:
         argv = ["/bin/sh", "-c", _STDIN_SCRIPT, "sh", command.stdin_path, *argv]
-    head: dict[str, object] = {
+    return {
         "t": "exec",
         "child": effect.child,
         "kind": "command",
@@ -44,7 +46,18 @@ def order(effect: SpawnCommand, command: CommandSpec, environment: dict[str, str
         "limits": {},
         "stdin": bool(command.stdin),
     }
-    return head, command.stdin
+
+
+def stdin_file(command: CommandSpec) -> tuple[int, ...]:
+    """A memory file with what the command reads, the caller's to close; none where it reads nothing."""
+    if not command.stdin:
+        return ()
+    fd = os.memfd_create("herder-stdin")
+    view = memoryview(command.stdin)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return (fd,)
 
 
 def result(child: Child, status: int) -> tuple[bytes, bytes, bytes, bool]:

@@ -12,10 +12,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from herder_agent.launch.control import Channel, FromTemplate, from_template
+from herder_agent.launch.control import Channel, FromTemplate, Ready, from_template
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.wire.messages import WorkloadSpec
 
@@ -85,6 +85,9 @@ class Template:
         self._received = received
         self._exited = exited
         self._channel: Channel[FromTemplate] | None = None
+        #: Orders given before it was ready to take them, with descriptors of our own.
+        self._early: list[tuple[dict[str, object], list[int]]] = []
+        self._is_ready = False
         self._pidfd = -1
         self._log = Path()
         self._said = ""
@@ -129,15 +132,18 @@ class Template:
         setup = (self.spec.setup or b"") if self.spec is not None else b""
         self._channel.send(opening, [setup] if setup else [])
 
-    def send(self, head: dict[str, object], body: bytes = b"") -> None:
-        """Give it an order. Does nothing when it is gone: `exited` tells."""
-        if self._channel is not None:
-            self._channel.send(head, [body] if body else [])
+    def send(self, head: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+        """Give it an order; kept until it is ready. Does nothing when it is gone: `exited` tells."""
+        if not self._is_ready:
+            self._early.append((head, [os.dup(fd) for fd in descriptors]))
+        elif self._channel is not None:
+            self._channel.send(head, (), descriptors)
 
     def stop(self) -> None:
         """Ask it to end, with its children; it is killed if it does not."""
         self.is_stopping = True
-        self.send({"t": "exit"})
+        if self._channel is not None:
+            self._channel.send({"t": "exit"})
         self._kill_later()
 
     def kill(self) -> None:
@@ -158,7 +164,18 @@ class Template:
             return ""
 
     def _took(self, head: FromTemplate, _body: bytes, descriptors: list[int]) -> None:
+        if isinstance(head, Ready):
+            self._is_ready = True
+            self._send_early()
         self._received(self, head, descriptors)
+
+    def _send_early(self) -> None:
+        early, self._early = self._early, []
+        for head, descriptors in early:
+            if self._channel is not None:
+                self._channel.send(head, (), descriptors)
+            for fd in descriptors:
+                os.close(fd)
 
     def _closed(self, error: RemoteProtocolError | None) -> None:
         if error is not None:
@@ -175,6 +192,7 @@ class Template:
         if self._channel is not None:
             self._channel.drain()
             self._channel.close()
+        self._send_early()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +101,7 @@ class AgentLoop:
         self._held_bytes = 0
         self._use = host.CpuUse(state.cpus or host.usable_cpus())
         self._is_closing = False
+        self._is_closed = False
 
     # Events and effects.
 
@@ -280,10 +281,10 @@ class AgentLoop:
 
         self.environments.get(spec, with_environment, without)
 
-    def _order(self, number: int, head: dict[str, object], body: bytes = b"") -> None:
+    def _order(self, number: int, head: dict[str, object], descriptors: Sequence[int] = ()) -> None:
         template = self._templates.get(number)
         if template is not None:
-            template.send(head, body)
+            template.send(head, descriptors)
 
     def _template_said(self, template: forkserver.Template, head: control.FromTemplate, descriptors: list[int]) -> None:
         number = template.number
@@ -360,8 +361,11 @@ class AgentLoop:
 
         def with_environment(environment: dict[str, str]) -> None:
             full = {**environment, **self._marks(start, effect.grant)}
-            head, body = command.order(effect, spec, full)
-            self._order(effect.template, head, body)
+            head = command.order(effect, spec, full)
+            stdin = command.stdin_file(spec)
+            self._order(effect.template, head, stdin)
+            for fd in stdin:
+                os.close(fd)
 
         def without(message: str) -> None:
             self.dispatch(events.ChildForkFailed(effect.child, message))
@@ -468,7 +472,10 @@ class AgentLoop:
     # The end.
 
     async def close(self) -> None:
-        """End every process of ours, and let go of everything. What runs is killed."""
+        """End every process of ours, and let go of everything. What runs is killed. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._is_closing = True
         for timer in (self._timer, self._sweep_timer, self._started_timer):
             if timer is not None:
