@@ -4,8 +4,6 @@ Only what is named here is public. Names are loaded when they are first used (PE
 package in children forked a thousand times a second, where `herder.shared` must not cost the import of an event loop.
 """
 
-from __future__ import annotations
-
 TYPE_CHECKING = False  # `typing` itself takes six times as long to import as all this
 __version__ = "0.1.0"
 
@@ -53,14 +51,14 @@ if TYPE_CHECKING:
     from herder.client import Client as Client
     from herder.completed import Completed as Completed
     from herder.futures import Future as Future
+    from herder.in_task import shared as shared
+    from herder.in_task import task as task
+    from herder.in_task import task_options as task_options
     from herder.jobs import Job as Job
     from herder.jobs import JobProgress as JobProgress
     from herder.local import LocalCluster as LocalCluster
     from herder.outcomes import TaskLogs as TaskLogs
     from herder.outcomes import TaskUsage as TaskUsage
-    from herder.in_task import shared as shared
-    from herder.in_task import task as task
-    from herder.in_task import task_options as task_options
     from herder.workload import Workload as Workload
     from herder_shared.errors import CommandFailed as CommandFailed
     from herder_shared.errors import ConfigError as ConfigError

@@ -19,11 +19,11 @@ import msgspec
 from herder.calls import Call, Dependencies, prepare_arguments, prepare_call, prepare_data
 from herder.connection import Connection, Endpoint
 from herder.futures import Future, Submissions
+from herder.in_task import OPTIONS_ATTRIBUTE
 from herder.jobs import Feeder, Job, MapResults, Record, feed
 from herder.options import OPTION_NAMES, Options, check_options, unknown_keyword
 from herder.outcomes import Kind
 from herder.payload import DependencyEnded, FunctionCache, PickledFunction, function_name
-from herder.in_task import OPTIONS_ATTRIBUTE
 from herder.workload import Workload
 from herder_shared.config import Profile, load_profile, parse_address
 from herder_shared.errors import ConfigError, JobNotFound
