@@ -88,7 +88,7 @@ class Demo(msgspec.Struct, frozen=True):
 
 
 @click.command()
-@click.option("--fits", type=click.IntRange(min=10), default=500, show_default=True, help="How many fits.")
+@click.option("--fits", type=click.IntRange(min=10), default=400, show_default=True, help="How many fits.")
 @click.option("--cores", type=click.IntRange(min=1), help="Cores of the cluster.  [default: this machine's]")
 @click.option("--agents", type=click.IntRange(min=1), default=2, show_default=True, help="Nodes to make of them.")
 @json_option

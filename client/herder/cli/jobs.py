@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herder.cli.main import EXIT_FAILED
-from herder.cli.output import format_duration, print_json, print_table, say, write_output
+from herder.cli.output import counted, format_duration, print_json, print_table, say, write_output
 from herder.cli.session import cluster_options, connected
 from herder_shared.ids import JobId, parse_task_id
 from herder_shared.states import Outcome, TaskState
@@ -79,8 +79,8 @@ def job(job_id: str, show_all: bool, profile: str | None, as_json: bool) -> None
         ("workload", info.workload),
         ("state", info.state),
         ("age", format_duration(info.age_s)),
-        ("tasks", ", ".join(f"{count} {state}" for state, count in info.counts.items() if count) or "none"),
-        ("ended", ", ".join(f"{count} {outcome}" for outcome, count in info.outcomes.items() if count) or "none"),
+        ("tasks", counted(info.counts)),
+        ("ended", counted(info.outcomes)),
     ]
     print_table(("what", "is"), rows)
     shown = tasks if show_all else interesting(tasks)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from herder.cli.output import (
+    counted,
     format_bytes,
     format_duration,
     format_share,
@@ -122,12 +123,20 @@ def print_workloads(found: Iterable[WorkloadInfo]) -> None:
             report.fork_point or "-",
             format_duration(report.fork_start_s),
             format_duration(report.fresh_start_s),
-            report.error or report.reason,
+            why(report),
         )
         for workload in found
         for node, report in sorted(workload.reports.items())
     ]
     print_table(columns, rows, empty="no workload has been used yet")
+
+
+def why(report: WorkloadReport) -> str:
+    """Why this start method: the node's own words, or what its audit shows."""
+    if report.error or report.reason:
+        return report.error or report.reason
+    safe = sum(step.verdict == "safe" for step in report.steps)
+    return f"{safe} of {len(report.steps)} steps are safe to fork after" if report.steps else ""
 
 
 def print_audit(name: str, node: str, report: WorkloadReport) -> None:
@@ -160,8 +169,8 @@ def status(profile: str | None, as_json: bool) -> None:
         ("cluster", found.cluster),
         ("coordinator", f"version {found.version}, epoch {found.epoch}"),
         ("page and metrics", f"http://{found.http}" if found.http else "off"),
-        ("agents", ", ".join(f"{count} {state}" for state, count in found.agents.items()) or "none"),
-        ("tasks", ", ".join(f"{count} {state}" for state, count in found.tasks.items()) or "none"),
+        ("agents", counted(found.agents)),
+        ("tasks", counted(found.tasks)),
         ("jobs, clients", f"{found.jobs}, {found.clients}"),
     ]
     print_table(("what", "is"), rows)

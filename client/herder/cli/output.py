@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,3 +113,8 @@ def format_bytes(size_bytes: int) -> str:
 def format_share(part: float, whole: float) -> str:
     """A percentage, or a dash when there is no whole."""
     return f"{100 * part / whole:.1f} %" if whole > 0 else "-"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`3 ready, 1 lost`: what there is none of is left out."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"
