@@ -140,6 +140,28 @@ def test_ctrl_c_cancels_what_is_waited_for(shell: Shell, tmp_path: Path) -> None
     assert shell.json("wait", job["job"], "--timeout", "30", status=1)["outcomes"] == {"cancelled": 1}
 
 
+def test_looking_at_a_job_of_another_client_and_ctrl_c_in_wait_leave_it_alone(
+    shell: Shell, cluster: herder.LocalCluster, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    with cluster.client() as client:
+        future = client.command(f"while ! test -e {go}; do sleep 0.05; done")
+        assert shell.run("job", future.job_id).exit_code == 0
+        assert shell.run("logs", future.job_id).exit_code == 0
+        assert shell.run("wait", future.job_id, "--timeout", "0.2").exit_code == 3
+        process = shell.start("wait", future.job_id)
+        try:
+            assert wait_until(lambda: shell.json("status")["clients"] >= 3, 30.0)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.communicate()
+        assert process.returncode == 130
+        go.touch()
+        assert future.result(30).returncode == 0
+
+
 def test_line_that_is_no_text_cancels_the_detached_job(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b"600\n\xff\n")
     result = shell.run("submit", "--name", "broken", "--each", str(tmp_path / "lines"), "--", "sleep")
