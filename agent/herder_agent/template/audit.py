@@ -105,9 +105,8 @@ def audit(own: Iterable[int], allow_threads: Iterable[str] = ()) -> Report:
     """Look at this process. `own` are the descriptors of the template itself."""
     report = Report()
     alive = threads.others()
-    if any(_hazard(thread, "libgomp") for thread in alive):
-        paused = system.pause_openmp(threads.libraries(system.mappings(), "libgomp"))
-        report.applied.extend(f"omp_pause_resource_all on {path.rpartition('/')[2]}" for path in paused)
+    if alive:
+        alive = _end_openmp(report, alive)
     if alive:
         # Libraries with fork handlers (OpenBLAS) end their threads when the process forks: what is left is what
         # matters.
@@ -133,8 +132,15 @@ def probe_fork() -> None:
     os.waitpid(pid, 0)
 
 
-def _hazard(thread: threads.Thread, stem: str) -> bool:
-    return thread.owner.startswith(stem)
+def _end_openmp(report: Report, alive: list[threads.Thread]) -> list[threads.Thread]:
+    """End the idle threads of each libgomp; it makes them again when it needs them. Returns the threads that are left."""
+    paused = system.pause_openmp(threads.libraries(system.mappings(), "libgomp"))
+    if not paused:
+        return alive
+    left = threads.others()
+    if len(left) < len(alive):
+        report.applied.extend(f"omp_pause_resource_all on {path.rpartition('/')[2]}" for path in paused)
+    return left
 
 
 def _judge(thread: threads.Thread, allowed: list[str]) -> Finding:

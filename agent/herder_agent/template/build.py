@@ -36,7 +36,7 @@ class Template:
         self._reports: list[audit.Report] = []
         self._start = self._workload.get("start", "auto")
 
-    def build(self) -> Callable[[int, tuple[int, int, int]], NoReturn] | None:
+    def build(self) -> Callable[[int, child.Ends], NoReturn] | None:
         """Take the steps. Returns what a forked child is to become, or None when the agent was told that none can
         be."""
         gc.disable()
@@ -106,7 +106,7 @@ class Template:
         script = next(i for i, word in enumerate(original) if word == sys.argv[0])
         os.execv(sys.executable, [sys.executable, *original[1 : script + 1], str(life.CONTROL), str(fd)])
 
-    def _prove(self, taken: list[str], rest: list[str]) -> Callable[[int, tuple[int, int, int]], NoReturn] | None:
+    def _prove(self, taken: list[str], rest: list[str]) -> Callable[[int, child.Ends], NoReturn] | None:
         """Fork a canary; if it sings, seal and be ready."""
         workload = self._workload
         plan = child.Plan(

@@ -33,13 +33,13 @@ _SIGNALS_ALLOWED = (1 << 1) | (1 << 31) | (1 << 32) | (1 << 33)
 
 def trial(plan: child.Plan) -> str:
     """Fork a child, give it a task. Returns "" when it ran it and ended, else what it did instead."""
-    ours, theirs = _pair()
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         child.run_forked(plan, parent, (theirs, null, null))
-    os.close(theirs)
+    theirs.close()
     os.close(null)
     channel = wire.Channel(ours)
     try:
@@ -127,11 +127,6 @@ def _waits_for_ever(path: str) -> bool:
         return False
     operation, timeout = int(fields[2], 16), int(fields[4], 16)
     return operation & 127 in _FUTEX_WAITS and bool(operation & _FUTEX_PRIVATE) and timeout == 0
-
-
-def _pair() -> tuple[int, int]:
-    left, right = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    return left.detach(), right.detach()
 
 
 _FUNCTION = pickle.dumps(len, 5)

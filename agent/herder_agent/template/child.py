@@ -9,9 +9,9 @@ will need · tasks. Signal handlers, mask, wake-up descriptor, exit handlers and
 
 from __future__ import annotations
 
+import _socket
 import atexit
 import os
-import pickle
 import sys
 import time
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import NoReturn
 
-#: Descriptor of the task socket in a forked child; 0 to 2 are the standard streams.
-TASK_SOCKET = 3
+#: A child's task socket, and the write ends of its stdout and stderr pipes.
+if TYPE_CHECKING:
+    Ends = tuple[_socket.socket, int, int]
+
 #: Threads which a task left running get this long to end, as at the end of a program.
 EXIT_LIMIT_S = 5.0
 #: Status of a child whose own code, not the task's, went wrong.
@@ -56,30 +58,28 @@ class Plan:
         self.rest = rest
         self.steps = steps
         self.kept: list[Kept] = []
-        self.controller = preload.thread_controller()
-        #: Made here, so that the child need not.
-        self.warm_up = pickle.dumps((_no_op, (), {}), 5)
-        self.buffer = bytearray(wire.BUFFER_BYTES)
+        # Made here, so that no child has to: writing a few fields costs it fewer pages than making the objects.
+        self.runner = task.Runner(seen, python, preload.thread_controller())
+        nowhere, self._unused = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        self.channel = wire.Channel(nowhere)
+        nowhere.close()
+        self._unused.close()
+        self.rehearsal = task.Rehearsal()
 
 
-def _no_op() -> None:
-    return None
-
-
-def run_forked(plan: Plan, parent: int, sockets: tuple[int, int, int]) -> NoReturn:
-    """Become a child: `sockets` are its task socket and the write ends of its stdout and stderr pipes."""
+def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
+    """Become a child, with its task socket and the write ends of its stdout and stderr pipes."""
     status = STATUS_INTERNAL
     try:
         os.setsid()
         system.die_with(parent)
         system.become_subreaper()
-        _take_descriptors(plan.kept, sockets)
+        _take_descriptors(plan.kept, ends)
         _after_fork()
-        runner = task.Runner(plan.seen, plan.python, plan.controller)
-        channel = wire.Channel(TASK_SOCKET, plan.buffer)
-        _replay(plan, runner)
-        _warm_up(plan)
-        status = serve(channel, runner, plan.tasks_max)
+        plan.channel.socket = ends[0]
+        _replay(plan)
+        plan.rehearsal.run(plan.runner)
+        status = serve(plan.channel, plan.runner, plan.tasks_max)
     except BaseException:  # noqa: BLE001 - the top of a process: nothing of it may run on into the template's code
         sys.stderr.write(failures.traceback_text(sys.exc_info()[1] or RuntimeError("unknown")))
     finally:
@@ -94,7 +94,7 @@ def run_fresh(fd: int) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.set_inheritable(fd, False)
-        channel = wire.Channel(fd)
+        channel = wire.adopt(fd)
         frame = channel.receive()
         if frame is None:
             os._exit(0)
@@ -179,20 +179,21 @@ def load_seen() -> ModuleType:
     return module
 
 
-def _take_descriptors(kept: list[Kept], sockets: tuple[int, int, int]) -> None:
-    """Put the child's own descriptors at 1, 2 and 3, and close all others but those which children need."""
-    channel, out, err = sockets
+def _take_descriptors(kept: list[Kept], ends: Ends) -> None:
+    """Put the pipes at 1 and 2, and close all that is not the child's own or needed by children."""
+    channel, out, err = ends
     # Neither of these is below 3: the template holds 0 to 3 itself, so no dup2 hits a source.
     os.dup2(out, 1)
     os.dup2(err, 2)
-    os.dup2(channel, TASK_SOCKET, inheritable=False)
-    low = TASK_SOCKET + 1
+    own = channel.fileno()
+    low = 3
+    for fd in sorted([own, *(each.fd for each in kept)]) if kept else (own,):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, _DESCRIPTORS_END)
     for each in kept:
-        os.closerange(low, each.fd)
-        low = each.fd + 1
         if each.reopen:
             _reopen(each)
-    os.closerange(low, _DESCRIPTORS_END)
 
 
 def _reopen(kept: Kept) -> None:
@@ -219,21 +220,12 @@ def _after_fork() -> None:
         task.reseed(int.from_bytes(os.urandom(8), "little"))
 
 
-def _replay(plan: Plan, runner: task.Runner) -> None:
+def _replay(plan: Plan) -> None:
     try:
         for name in plan.rest:
             plan.steps.take(name)
     except preload.Broken as broken:
-        runner.setup_error = broken.head
-
-
-def _warm_up(plan: Plan) -> None:
-    """Do what a task does, with nothing: the pages are then this child's own before a task waits for them."""
-    function, args, kwargs = pickle.loads(plan.warm_up)
-    usage = task.Usage()
-    pickle.dumps(function(*args, **kwargs), 5)
-    usage.stop()
-    usage.text()
+        plan.runner.setup_error = broken.head
 
 
 def _join_threads() -> None:

@@ -32,7 +32,7 @@ def run(argv: list[str]) -> None:
     resumed = _read_will(int(argv[2])) if len(argv) > 2 else None
     if resumed is None and os.getpgrp() != os.getpid():
         os.setsid()
-    channel = wire.Channel(CONTROL)
+    channel = wire.adopt(CONTROL)
     try:
         frame = resumed or channel.receive()
         if frame is not None:

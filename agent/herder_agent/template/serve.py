@@ -57,7 +57,7 @@ class Server:
     """
 
     def __init__(
-        self, channel: wire.Channel, become_child: Callable[[int, tuple[int, int, int]], NoReturn] | None
+        self, channel: wire.Channel, become_child: Callable[[int, tuple[_socket.socket, int, int]], NoReturn] | None
     ) -> None:
         self._channel = channel
         self._become_child = become_child
@@ -140,13 +140,13 @@ class Server:
         known."""
         theirs: list[int] = []
         ours: list[int] = []
+        far: _socket.socket | None = None
         try:
             if program is None and self._become_child is None:
                 raise OSError(errno.ENOSYS, "a spawner has no workload to fork")
             if program is None or program.get("kind") == "fresh":
-                left, right = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-                ours.append(left.detach())
-                theirs.append(right.detach())
+                near, far = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+                ours.append(near.detach())
             for _ in range(2):
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.append(read)
@@ -159,17 +159,22 @@ class Server:
         except OSError as error:
             for fd in (*ours, *theirs):
                 os.close(fd)
+            if far is not None:
+                far.close()
             self._send({"t": "fork_failed", "child": id, "message": f"cannot fork: {error.strerror}"})
             return
         if pid == 0:
             if program is None:
                 assert self._become_child is not None
-                self._become_child(self._pid, (theirs[0], theirs[1], theirs[2]))
-            channel = theirs[0] if program.get("kind") == "fresh" else -1
-            spawn.run(program, self._pid, (channel, theirs[-3], theirs[-2]), stdin, theirs[-1])
+                assert far is not None
+                self._become_child(self._pid, (far, theirs[0], theirs[1]))
+            channel = -1 if far is None else far.detach()
+            spawn.run(program, self._pid, (channel, theirs[0], theirs[1]), stdin, theirs[2])
         pidfd = os.pidfd_open(pid)
         for fd in theirs:
             os.close(fd)
+        if far is not None:
+            far.close()
         made = Child(id, pid, pidfd, ours, failure)
         self._children[id] = made
         self._watch(pidfd, made)

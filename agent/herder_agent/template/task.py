@@ -61,7 +61,9 @@ class Runner:
         self.flush = flush_streams
         self.setup_error: dict[str, Any] | None = None
         self._functions: dict[str, Any] = {}
-        self._threads = 1
+        #: What the environment says, where all of its variables agree.
+        said = {os.environ.get(name) for name in THREAD_VARIABLES}
+        self._threads = int(text) if len(said) == 1 and (text := said.pop() or "").isdecimal() else 0
         self._cpus: list[int] | None = None
         self._limits: dict[str, Any] = {}
         self._baseline: Baseline | None = None
@@ -114,6 +116,18 @@ class Runner:
         self._send_exception(channel, error, retry_on, usage)
         del error  # its traceback holds this frame
 
+    def rehearse(self, head: dict[str, Any], body: memoryview) -> None:
+        """As `run`, without a word to the agent."""
+        parts = self._parts(None, head, body)
+        function, (args, kwargs) = self._unpickle(head, parts)
+        usage = Usage()
+        value = function(*args, **kwargs)
+        usage.stop()
+        _result_frame(self._pickle(value), usage)
+        self._functions.clear()
+        self.seen.leave()
+        self.flush()
+
     def restore(self) -> None:
         """Put back what a task may have left changed: folder, environment, umask, signal handlers, alarms."""
         if self._baseline is not None:
@@ -124,14 +138,14 @@ class Runner:
         self._baseline = Baseline()
         self.flush = flush_all
 
-    def _parts(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> dict[str, Any]:
+    def _parts(self, channel: wire.Channel | None, head: dict[str, Any], body: memoryview) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         offset = 0
         for name, length in head.get("parts", ()):
             parts[name] = body[offset : offset + length]
             offset += length
         names = head.get("fds")
-        if names:
+        if names and channel is not None:
             for name, fd in zip(names, channel.take_descriptors(len(names)), strict=True):
                 try:
                     parts[name] = memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ))
@@ -151,8 +165,7 @@ class Runner:
             self._cpus = cpus
         self._set_threads(head.get("threads") or 1)
         for name, value in (head.get("env") or {}).items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
+            os.environ[name] = value
         limits = head.get("limits")
         if limits and limits != self._limits:
             for name, (soft, hard) in limits.items():
@@ -175,14 +188,13 @@ class Runner:
         self._discarding = discard
 
     def _set_threads(self, threads: int) -> None:
-        text = str(threads)
+        if threads == self._threads:
+            return
+        self._threads = threads
         for name in THREAD_VARIABLES:
-            if os.environ.get(name) != text:
-                os.environ[name] = text
-        if threads != self._threads:
-            self._threads = threads
-            if self.controller is not None:
-                self.controller.limit(limits=threads)
+            os.environ[name] = str(threads)
+        if self.controller is not None:
+            self.controller.limit(limits=threads)
 
     def _unpickle(self, head: dict[str, Any], parts: dict[str, Any]) -> tuple[Any, Any]:
         what = "function"
@@ -229,8 +241,7 @@ class Runner:
 
     def _send_result(self, channel: wire.Channel, content: bytes, usage: Usage) -> None:
         if len(content) <= INLINE_BYTES_MAX:
-            head = f'{{"t":"result","len":{len(content)},"blob":false,{usage.text()}}}'.encode()
-            channel.send_packed(b"".join((wire.HEADER.pack(len(head), len(content)), head, content)))
+            channel.send_packed(_result_frame(content, usage))
             return
         fd = sealed_memfd(content)
         try:
@@ -254,6 +265,33 @@ class Runner:
             **usage.difference,
         }
         channel.send(head, content or b"")
+
+
+class Rehearsal:
+    """A no-op task, run by an idle child before its first: it brings in the pages that a task would wait for."""
+
+    def __init__(self) -> None:
+        import cloudpickle
+
+        function, args = cloudpickle.dumps(lambda: None, protocol=5), pickle.dumps(((), {}), 5)
+        self._body = function + args
+        self._head = wire.pack(
+            {
+                "t": "task",
+                "attempt": "",
+                "job": "",
+                "index": 0,
+                "function": "rehearsal",
+                "parts": [["function", len(function)], ["args", len(args)]],
+                "cpus": None,
+                "threads": 0,
+                "env": {},
+                "limits": {},
+            }
+        )[wire.HEADER.size :]
+
+    def run(self, runner: Runner) -> None:
+        runner.rehearse(wire.decode_head(self._head), memoryview(self._body))
 
 
 class SetupBroke(Exception):
@@ -329,6 +367,11 @@ class Baseline:
         for name, value in self._environment.items():
             if now.get(name) != value:
                 os.environb[name] = value
+
+
+def _result_frame(content: bytes, usage: Usage) -> bytes:
+    head = f'{{"t":"result","len":{len(content)},"blob":false,{usage.text()}}}'.encode()
+    return b"".join((wire.HEADER.pack(len(head), len(content)), head, content))
 
 
 def task_seed(seed: int, job: str, index: int) -> int:

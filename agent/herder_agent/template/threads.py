@@ -13,11 +13,15 @@ from __future__ import annotations
 import array
 import os
 import sys
+import time
 
 from . import system
 
 #: A waiting thread's frames lie within this much of its stack pointer.
 STACK_BYTES_MAX = 256 * 1024
+#: A thread that runs is looked at again, this often and after this time.
+SAMPLES_MAX = 10
+SAMPLE_S = 0.01
 #: Code through which every thread's stack leads.
 _RUNTIME = ("libc.so", "libc-", "libpthread", "ld-linux", "libstdc++", "libgcc_s", "libm.so", "libm-")
 
@@ -78,10 +82,14 @@ def _python_threads() -> dict[int, str]:
 
 
 def _owner(tid: int, maps: list[system.Mapping]) -> str:
-    with open(f"/proc/self/task/{tid}/syscall", encoding="ascii") as file:
-        fields = file.read().split()
-    if len(fields) < 3:
-        return ""  # "running": seen between two system calls
+    for _ in range(SAMPLES_MAX):
+        with open(f"/proc/self/task/{tid}/syscall", encoding="ascii") as file:
+            fields = file.read().split()
+        if len(fields) >= 3:
+            break
+        time.sleep(SAMPLE_S)  # "running": it computes, or spins for a while before it waits
+    else:
+        return ""
     pointer = int(fields[-2], 16)
     stack = next((m for m in maps if m.start <= pointer < m.end), None)
     if stack is None:

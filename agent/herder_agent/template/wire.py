@@ -15,7 +15,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 HEADER = struct.Struct(">IQ")
@@ -30,7 +30,8 @@ DESCRIPTORS_MAX = 250
 _ANCILLARY_BYTES = _socket.CMSG_SPACE(4 * 253)
 
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-_loads = json.JSONDecoder().decode
+#: The C scanner itself: what `json.loads` puts around it, two regular expressions, costs a forked child 20 page faults.
+_scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
 
 class BrokenFrame(Exception):
@@ -38,14 +39,11 @@ class BrokenFrame(Exception):
 
 
 class Channel:
-    """One end of a control or task socket. Owns its descriptor.
+    """One end of a control or task socket, which it owns."""
 
-    `buffer` may be given where one exists already: a forked child then faults in a page of it, not all of a new one.
-    """
-
-    def __init__(self, fd: int, buffer: bytearray | None = None) -> None:
-        self.socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
-        self._buffer = bytearray(BUFFER_BYTES) if buffer is None else buffer
+    def __init__(self, end: _socket.socket) -> None:
+        self.socket = end
+        self._buffer = bytearray(BUFFER_BYTES)
         self._start = 0
         self._end = 0
         self._descriptors: list[int] = []
@@ -100,12 +98,7 @@ class Channel:
         start = self._start + HEADER.size
         middle = start + head_bytes
         end = middle + body_bytes
-        try:
-            head = _loads(self._buffer[start:middle].decode())
-        except ValueError as error:
-            raise BrokenFrame("a head that is no JSON") from error
-        if not isinstance(head, dict):
-            raise BrokenFrame("a head that is no object")
+        head = decode_head(self._buffer[start:middle])
         if end == self._end:
             self._start = self._end = 0
         else:
@@ -131,6 +124,22 @@ class Channel:
                 self._descriptors.extend(fds)
         self._end += count
         return count > 0
+
+
+def adopt(fd: int) -> Channel:
+    """A channel over this descriptor of a connected stream socket."""
+    return Channel(_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd))
+
+
+def decode_head(content: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object of these bytes. Raises BrokenFrame."""
+    try:
+        head, end = _scan(content.decode(), 0)
+    except (ValueError, StopIteration, RecursionError) as error:
+        raise BrokenFrame("a head that is no JSON") from error
+    if not isinstance(head, dict) or end == 0:
+        raise BrokenFrame("a head that is no object")
+    return head
 
 
 def pack(head: dict[str, Any], body: bytes = b"") -> bytes:
