@@ -1,0 +1,160 @@
+"""What clients may send and what they are answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coordinator.server.conftest import Run
+from herder_shared.ids import BlobId, JobId, NodeName, blob_id
+from herder_shared.limits import BLOB_CHUNK_BYTES
+from herder_shared.states import AgentState, TaskState
+from herder_shared.wire import messages as m
+from support.coordinators import (
+    FUNCTION,
+    JOB,
+    agent_of,
+    chunks,
+    client_of,
+    collect_ends,
+    coordinating,
+    job_spec,
+    run_all,
+    submission,
+)
+from support.links import Authority
+
+LARGE = bytes(100_000)
+
+
+def large_submission(blob: BlobId) -> m.SubmitTasks:
+    return m.SubmitTasks(JOB, 0, FUNCTION, (m.TaskItem(m.Payload(blob=blob, size_bytes=len(LARGE))),))
+
+
+def test_a_submission_may_follow_its_blob_before_that_is_confirmed(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    async def go() -> None:
+        async with (
+            coordinating(authority, tmp_path) as running,
+            agent_of(authority, running.address) as agent,
+            client_of(authority, running.address) as client,
+        ):
+            client.send(m.OpenJob(job_spec()), *chunks(LARGE, BLOB_CHUNK_BYTES))
+            client.send(large_submission(blob_id(LARGE)), m.CloseJob(JOB, 1))
+            order = await agent.next(m.StartAttempts)
+            assert order.attempts[0].args.blob == blob_id(LARGE)
+            await run_all(agent, 1)
+            await collect_ends(client, 1)
+            assert not [one for one in client.messages if isinstance(one, m.SubmitRefused)]
+
+    run(go())
+
+
+def test_a_submission_without_its_blob_is_refused_and_may_come_again(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            client.send(m.OpenJob(job_spec()), large_submission(blob_id(LARGE)))
+            refused = await client.next(m.SubmitRefused)
+            assert (refused.job, refused.first, refused.error, refused.again) == (JOB, 0, "DataLost", True)
+            client.send(*chunks(LARGE, BLOB_CHUNK_BYTES), large_submission(blob_id(LARGE)))
+            while (await client.next(m.SubmitOk)).upto < 1:
+                pass
+
+    run(go())
+
+
+def test_a_function_too_large_for_a_message_is_a_blob(authority: Authority, tmp_path: Path, run: Run) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            function = m.Function(blob_id(LARGE))
+            client.send(m.OpenJob(job_spec()), msgspec.structs.replace(submission(1), function=function))
+            assert (await client.next(m.SubmitRefused)).error == "DataLost"
+            client.send(*chunks(LARGE, BLOB_CHUNK_BYTES))
+            client.send(msgspec.structs.replace(submission(1), function=function))
+            while (await client.next(m.SubmitOk)).upto < 1:
+                pass
+
+    run(go())
+
+
+def test_a_blob_is_dropped_when_its_task_has_ended(authority: Authority, tmp_path: Path, run: Run) -> None:
+    async def go() -> None:
+        async with (
+            coordinating(authority, tmp_path) as running,
+            agent_of(authority, running.address) as agent,
+            client_of(authority, running.address) as client,
+        ):
+            client.send(m.OpenJob(job_spec()), *chunks(LARGE, BLOB_CHUNK_BYTES))
+            client.send(large_submission(blob_id(LARGE)))
+            await run_all(agent, 1)
+            await collect_ends(client, 1)
+            await client.ask(1, "status")
+            assert len(running.server._store) == 0
+
+    run(go())
+
+
+def test_questions_are_answered_after_what_came_before_them(authority: Authority, tmp_path: Path, run: Run) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            client.send(m.OpenJob(job_spec()), submission(3))
+            (job,) = (await client.ask(1, "job", JOB)).jobs or ()
+            assert (job.name, job.tasks, job.counts) == ("a job", 3, {TaskState.PENDING: 3})
+            assert len((await client.ask(2, "tasks", JOB)).tasks or ()) == 3
+            assert (await client.ask(3, "logs", JOB, 0)).logs == m.Logs()
+            assert (await client.ask(4, "nodes")).nodes == ()
+            assert len((await client.ask(5, "jobs")).jobs or ()) == 1
+            assert len((await client.ask(6, "workloads")).workloads or ()) == 1
+            status = (await client.ask(7, "status")).status
+            assert status is not None
+            assert (status.clients, status.epoch, status.http) == (1, 1, running.server.http.address)
+
+    run(go())
+
+
+@pytest.mark.parametrize("what", ["job", "tasks", "logs"])
+def test_questions_about_an_unknown_job_name_it(authority: Authority, tmp_path: Path, run: Run, what: str) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            answer = await client.ask(1, what, JobId("none"))
+            assert answer.error == "JobNotFound"
+            assert "none" in answer.message
+
+    run(go())
+
+
+def test_a_node_is_drained_and_used_again(authority: Authority, tmp_path: Path, run: Run) -> None:
+    async def go() -> None:
+        async with (
+            coordinating(authority, tmp_path) as running,
+            agent_of(authority, running.address) as agent,
+            client_of(authority, running.address, role="admin") as admin,
+        ):
+            agent.send(m.Heartbeat(1))
+            await agent.next(m.HeartbeatAck)
+            for on, state in ((True, AgentState.DRAINING), (False, AgentState.READY)):
+                admin.send(m.DrainNode(1, NodeName("n1"), on))
+                (node,) = (await admin.next(m.Answer)).nodes or ()
+                assert node.state is state
+                assert (await agent.next(m.Drain)).on is on
+            admin.send(m.DrainNode(2, NodeName("n9")))
+            answer = await admin.next(m.Answer)
+            assert answer.error == "ConfigError"
+            assert "n1" in answer.message
+
+    run(go())
+
+
+def test_a_goodbye_cancels_what_is_not_detached(authority: Authority, tmp_path: Path, run: Run) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            client.send(m.OpenJob(job_spec()), submission(2), m.Goodbye())
+            (job,) = (await client.ask(1, "job", JOB)).jobs or ()
+            assert job.outcomes == {"cancelled": 2}
+
+    run(go())

@@ -1,0 +1,163 @@
+"""The real program with its real journal: starts, says so, ends, is killed and comes back; and says plainly what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from coordinator.server.conftest import Run
+from herder_coordinator.main import escape
+from herder_shared.config import CoordinatorConfig
+from herder_shared.wire import messages as m
+from support.coordinators import (
+    JOB,
+    agent_of,
+    client_of,
+    collect_ends,
+    config_for,
+    coordinator_process,
+    job_spec,
+    run_all,
+    start_arguments,
+    submission,
+)
+from support.links import Authority
+
+
+def run_to_end(config: CoordinatorConfig, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*start_arguments(config), *more],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        env={**os.environ, **environ},
+    )
+
+
+@pytest.mark.slow
+def test_what_was_acknowledged_survives_kill_9(authority: Authority, tmp_path: Path, run: Run) -> None:
+    config = config_for(authority, tmp_path)
+
+    async def submit(address: tuple[str, int]) -> None:
+        async with client_of(authority, address) as client:
+            client.send(m.OpenJob(job_spec(detached=True)), submission(20))
+            while (await client.next(m.SubmitOk)).upto < 20:
+                pass
+
+    async def fetch(address: tuple[str, int]) -> None:
+        async with agent_of(authority, address) as agent, client_of(authority, address) as client:
+            assert client.link.epoch == 2
+            client.send(m.Attach(JOB, 0))
+            await run_all(agent, 20)
+            assert len(await collect_ends(client, 20)) == 20
+
+    with coordinator_process(config) as first:
+        assert first.hello["epoch"] == 1
+        assert first.hello["pid"] == first.process.pid
+        run(submit(first.address))
+        first.kill()
+    config = msgspec.structs.replace(config, listen=first.hello["address"], http_listen=first.hello["http"])
+    with coordinator_process(config) as second:
+        assert second.hello["epoch"] == 2
+        assert second.address == first.address
+        run(fetch(second.address))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_good_order(authority: Authority, tmp_path: Path, number: signal.Signals) -> None:
+    with coordinator_process(config_for(authority, tmp_path)) as started:
+        assert started.end(number) == 0
+        assert "Traceback" not in started.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_cut_lifeline_ends_it(authority: Authority, tmp_path: Path) -> None:
+    with coordinator_process(config_for(authority, tmp_path)) as started:
+        started.cut_lifeline()
+        assert started.process.wait(10) == 0
+
+
+@pytest.mark.slow
+def test_a_second_coordinator_on_the_same_folder_is_refused(authority: Authority, tmp_path: Path) -> None:
+    config = config_for(authority, tmp_path)
+    with coordinator_process(config) as started:
+        second = run_to_end(config)
+        assert second.returncode == 3
+        assert str(started.process.pid) in second.stderr
+        assert "Traceback" not in second.stderr
+
+
+@pytest.mark.slow
+def test_a_busy_port_is_said_with_its_number(authority: Authority, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for option in ("listen", "http_listen"):
+            config = config_for(authority, tmp_path, **{option: f"127.0.0.1:{port}"})
+            ended = run_to_end(config)
+            assert (ended.returncode, ended.stdout) == (2, "")
+            assert str(port) in ended.stderr
+            assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_wrong_configuration_is_one_clear_line(authority: Authority, tmp_path: Path) -> None:
+    config = config_for(authority, tmp_path)
+    unknown = run_to_end(config, HERDER_COORDINATOR_LISTN="x")
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
+    assert "HERDER_COORDINATOR_LISTEN" in unknown.stderr
+    absent = run_to_end(msgspec.structs.replace(config, identity=tmp_path / "nowhere"))
+    assert absent.returncode == 2
+    assert "nowhere" in absent.stderr
+    assert "Traceback" not in absent.stderr
+
+
+@pytest.mark.slow
+def test_a_key_that_others_can_read_is_refused(authority: Authority, tmp_path: Path) -> None:
+    other = Authority(tmp_path, authority.cluster)
+    config = config_for(other, tmp_path)
+    (config.identity / "key.pem").chmod(0o644)
+    ended = run_to_end(config)
+    assert ended.returncode == 2
+    assert "key.pem" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_it_serves_metrics_and_listens_on_loopback_only(authority: Authority, tmp_path: Path) -> None:
+    with coordinator_process(config_for(authority, tmp_path)) as started:
+        metrics = httpx.get(f"{started.url}/metrics").text
+        assert "herder_build_info" in metrics
+        assert re.search(r"^process_resident_memory_bytes ", metrics, re.MULTILINE)
+        status = json.loads(httpx.get(f"{started.url}/api/v1/status").text)
+        assert status["epoch"] == 1
+        ports = {started.address[1], int(started.hello["http"].rpartition(":")[2])}
+        table = Path(f"/proc/{started.process.pid}/net/tcp").read_text().splitlines()[1:]
+        listening = [line.split()[1] for line in table if line.split()[3] == "0A"]
+        ours = [address for address in listening if int(address.partition(":")[2], 16) in ports]
+        assert len(ours) == 2
+        assert all(address.startswith("0100007F") for address in ours)
+
+
+def test_a_hardened_process_cannot_unpickle() -> None:
+    gadget = pickle.dumps(os.getcwd)
+    code = f"import pickle; from herder_coordinator.main import harden; harden(); pickle.loads({gadget!r})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode != 0
+    assert "never unpickles" in ended.stderr
+
+
+def test_log_text_cannot_fake_a_line() -> None:
+    assert escape("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
