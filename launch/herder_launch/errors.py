@@ -16,3 +16,7 @@ class HostFailed(HerderError):
 
 class ConnectFailed(HostFailed):
     """No SSH connection: refused, silent, wrong host key, wrong login key."""
+
+
+class NotDone(HostFailed):
+    """The node answered that it could not do what was asked, and undid what it had begun."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from herder_launch import node
-from herder_launch.errors import HostFailed
+from herder_launch.errors import HostFailed, NotDone
 from herder_launch.ssh import Connection
 
 #: A verb that starts an interpreter and does little, on a busy machine.
@@ -104,7 +104,8 @@ def ask(
     """Have one of `node.py`'s requests done under an interpreter of that machine.
 
     Raises:
-        HostFailed: it cannot be done there (as the node says), or there was no proper answer.
+        NotDone: it cannot be done there, as the node says.
+        HostFailed: there was no proper answer; whether it was done is unknown.
     """
     source = _node_source()
     stdin = b"%d\n%s%s\n%s" % (len(source), source, json.dumps(request).encode(), payload)
@@ -118,7 +119,7 @@ def ask(
         said = (stderr or stdout).decode(errors="replace").strip().splitlines()
         raise HostFailed(place.name, f"{python}: {said[-1] if said else f'ended with status {status}'}")
     if not answer.pop("ok"):
-        raise HostFailed(place.name, answer["error"])
+        raise NotDone(place.name, answer["error"])
     return answer
 
 

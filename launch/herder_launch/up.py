@@ -21,7 +21,7 @@ import msgspec
 
 from herder_launch import control, record
 from herder_launch.display import Board
-from herder_launch.errors import HostFailed
+from herder_launch.errors import HostFailed, NotDone
 from herder_launch.hosts import HostList, HostSpec
 from herder_launch.install import Installed, ensure_installed
 from herder_launch.place import LocalPlace, Place, SshPlace, ask, local_python
@@ -273,9 +273,22 @@ class _Launch:
             "hello_timeout_s": HELLO_TIMEOUT_S,
             "grace_s": END_GRACE_S,
         }
-        answer = ask(place, started.python, request, timeout_s=HELLO_TIMEOUT_S + 2 * END_GRACE_S)
+        try:
+            answer = ask(place, started.python, request, timeout_s=HELLO_TIMEOUT_S + 2 * END_GRACE_S)
+        except NotDone:
+            self._unrecord(started)
+            raise
         program: dict[str, Any] = answer["program"]
         return program
+
+    def _unrecord(self, started: Started) -> None:
+        """It is known not to run: nothing is left that `down` would have to end."""
+        with self._lock:
+            if self._record.coordinator == started:
+                self._record.coordinator = None
+            agents = self._record.agents
+            self._record.agents = {node: each for node, each in agents.items() if each != started}
+            record.save(self._profile.folder, self._record)
 
     def _succeeded(self, row: str, future: Future[Any]) -> bool:
         try:

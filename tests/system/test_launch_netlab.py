@@ -113,7 +113,8 @@ def test_hosts_that_refuse_are_named_and_the_others_stay_up(cluster: Lab) -> Non
 
 def test_a_busy_port_and_a_host_without_python_are_said_in_one_line(cluster: Lab) -> None:
     address = f"{cluster['n1'].address}:7711"
-    status, result = up(cluster, "--profile", "other", "--hosts", "n1", "--listen", address)
+    elsewhere = ("--http-listen", "127.0.0.1:7799")
+    status, result = up(cluster, "--profile", "other", "--hosts", "n1", "--listen", address, *elsewhere)
     failures = result["failures"]
     assert isinstance(failures, dict)
     assert status == 3
@@ -139,7 +140,7 @@ def test_secrets_are_private_on_the_nodes_and_in_no_command_line(cluster: Lab) -
             "find /var/lib/herder -name '*key*' ! -perm 0600; find /var/lib/herder -type d ! -perm 0700"
         )
         assert loose.stdout == ""
-    commands = {command for node in NODES for command in cluster[node].processes("herder").values()}
+    commands = {command for node in NODES for command in cluster[node].processes("herder_").values()}
     assert not [command for command in commands if "PRIVATE KEY" in command]
 
 
@@ -147,6 +148,6 @@ def test_down_leaves_no_process_on_any_host(cluster: Lab) -> None:
     done = herder(cluster, "down")
     assert done.returncode == 0, done.stdout + done.stderr
     for node in NODES:
-        assert cluster[node].processes("herder") == {}
+        assert cluster[node].processes("herder_") == {}
     again = herder(cluster, "down")
     assert again.returncode == 0, again.stdout + again.stderr
