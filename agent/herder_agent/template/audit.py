@@ -133,7 +133,7 @@ def probe_fork() -> None:
 
 
 def _end_openmp(report: Report, alive: list[threads.Thread]) -> list[threads.Thread]:
-    """End the idle threads of each libgomp; it makes them again when it needs them. Returns the threads that are left."""
+    """End the idle threads of each libgomp (it makes them again on need). Returns the threads that are left."""
     paused = system.pause_openmp(threads.libraries(system.mappings(), "libgomp"))
     if not paused:
         return alive
