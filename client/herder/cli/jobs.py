@@ -114,7 +114,7 @@ def wait(job_id: str, timeout: float | None, profile: str | None, as_json: bool)
 
     The exit status is 0 when all tasks succeeded, 1 when some did not. Ctrl-C leaves the job alone.
     """
-    with connected(profile, reconnect_timeout_s=None) as client:
+    with connected(profile, patient=True) as client:
         found = client.job(JobId(job_id))
         ended = found.wait(timeout, progress=not as_json and sys.stdout.isatty())
         info = found.status()
@@ -182,7 +182,7 @@ def logs(job_id: str, index: int | None, follow: bool, profile: str | None, as_j
     """
     if "." in job_id and index is None:
         job_id, index = parse_job_or_task(job_id)
-    with connected(profile, reconnect_timeout_s=None if follow else 10.0) as client:
+    with connected(profile, patient=follow) as client:
         found = client.job(JobId(job_id))
         if follow and index is None:
             follow_logs(found, as_json=as_json)

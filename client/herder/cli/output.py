@@ -10,13 +10,15 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+K = TypeVar("K", bound=str)
 
 #: Columns of a table that is not shown on a terminal, so that nothing is cut in a pipe.
 WIDTH_COLUMNS_PIPE = 200
@@ -115,6 +117,6 @@ def format_share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole > 0 else "-"
 
 
-def counted(counts: Mapping[str, int]) -> str:
+def counted(counts: Mapping[K, int]) -> str:
     """`3 ready, 1 lost`: what there is none of is left out."""
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: A person waits: after this long without a connection the command ends with status 3.
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 
 profile_option = click.option(
     "--profile", metavar="NAME", envvar="HERDER_PROFILE", help="The cluster's profile. Default: the active one."
@@ -28,8 +28,10 @@ def cluster_options(function: F) -> F:
 
 
 @contextmanager
-def connected(profile: str | None, *, reconnect_timeout_s: float | None = CONNECT_TIMEOUT_S) -> Iterator[Client]:
+def connected(profile: str | None, *, patient: bool = False) -> Iterator[Client]:
     """A client of the profile's cluster. Leaving it by an exception cancels what was submitted and not detached.
+
+    `patient` outlives a coordinator that is away for long, once it was reached.
 
     Raises:
         ConfigError: there is no such profile.
@@ -38,7 +40,8 @@ def connected(profile: str | None, *, reconnect_timeout_s: float | None = CONNEC
     """
     import herder
 
-    client = herder.Client(profile=profile, reconnect_timeout=reconnect_timeout_s)
+    timeout_s = None if patient else CONNECT_TIMEOUT_S
+    client = herder.Client(profile=profile, reconnect_timeout=timeout_s, connect_timeout=CONNECT_TIMEOUT_S)
     try:
         yield client
     except BaseException:

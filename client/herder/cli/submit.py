@@ -75,7 +75,7 @@ def command(  # noqa: PLR0917 - click passes them by name
         parsed = parse_command(arguments, takes_value=values is not None)
         chosen = job_options(options, parsed, detached=not wait_end)
         fed = Fed([parsed.plain()] if values is None else expand(parsed, values))
-        with connected(profile) as client:
+        with connected(profile, patient=wait_end) as client:
             job = client.options(**chosen).command_array(fed, cwd=cwd, env=variables, name=chosen["name"])
             status = follow(job, as_json=as_json, quiet=quiet or as_json) if wait_end else None
     if fed.error is not None:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from herder_shared.errors import HerderError
+
 if TYPE_CHECKING:
     from herder import Client, LocalCluster
+    from herder.client import View
 
 #: Runs of each side, one after the other in turn, of which the median counts.
 RUNS = 5
@@ -79,6 +82,27 @@ def no_op() -> Callable[..., None]:
         return None
 
     return nothing
+
+
+def too_slow(tasks: int) -> HerderError:
+    """A run did not end in `RUN_TIMEOUT_S`: something is wrong, and no figure would mean anything."""
+    return HerderError(
+        f"{tasks} empty tasks did not end in {RUN_TIMEOUT_S:g} s: is the machine busy otherwise?"
+    )
+
+
+def run_array(view: View, function: Callable[..., None], tasks: int) -> None:
+    """Run an array of empty tasks to its end.
+
+    Raises:
+        HerderError: it took too long, or a task failed; then it is the first failure.
+    """
+    job = view.array(function, range(tasks))
+    if not job.wait(RUN_TIMEOUT_S):
+        raise too_slow(tasks)
+    if job.progress().succeeded != tasks:
+        failures = job.failures()
+        raise failures[min(failures)]
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -26,6 +26,7 @@ from herder.cli.bench.figure import (
     median,
     no_op,
     rate_of,
+    run_array,
     tasks_for,
 )
 from herder_shared.errors import ConfigError
@@ -101,7 +102,7 @@ def measure(name: str, modules: Sequence[str], must: float, aim: float, conditio
         view = client.options(workload=workload, name=name)
 
         def run(tasks: int) -> None:
-            assert view.array(nothing, range(tasks)).wait(RUN_TIMEOUT_S)
+            run_array(view, nothing, tasks)
 
         tasks = tasks_for(run, conditions.seconds)
         floors, rates = [], []
