@@ -86,9 +86,7 @@ def no_op() -> Callable[..., None]:
 
 def too_slow(tasks: int) -> HerderError:
     """A run did not end in `RUN_TIMEOUT_S`: something is wrong, and no figure would mean anything."""
-    return HerderError(
-        f"{tasks} empty tasks did not end in {RUN_TIMEOUT_S:g} s: is the machine busy otherwise?"
-    )
+    return HerderError(f"{tasks} empty tasks did not end in {RUN_TIMEOUT_S:g} s: is the machine busy otherwise?")
 
 
 def run_array(view: View, function: Callable[..., None], tasks: int) -> None:
