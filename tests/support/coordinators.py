@@ -1,4 +1,4 @@
-"""Coordinators for tests, in this event loop or as processes; and clients and agents that speak real messages to them."""
+"""Coordinators for tests, in this loop or as processes; and clients and agents that speak real messages to them."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ def config_for(authority: Authority, folder: Path, **options: Any) -> Coordinato
     options.setdefault("http_listen", "127.0.0.1:0")
     state_dir = folder / "state"
     state_dir.mkdir(mode=0o700, exist_ok=True)
-    return CoordinatorConfig(
-        identity=authority.identity("coordinator", "coordinator"), state_dir=state_dir, **options
-    )
+    return CoordinatorConfig(identity=authority.identity("coordinator", "coordinator"), state_dir=state_dir, **options)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
@@ -177,6 +175,7 @@ async def client_of(
 async def agent_of(
     authority: Authority,
     address: tuple[str, int],
+    *,
     node: str = "n1",
     cores: int = 2,
     incarnation: str = "a" * 16,
@@ -205,7 +204,6 @@ def submission(count: int, job: JobId = JOB, first: int = 0) -> m.SubmitTasks:
 
 def ended(start: m.AttemptStart, result: m.Payload | None = None, outcome: Outcome = Outcome.SUCCEEDED) -> m.AttemptEnd:
     usage = m.Usage(node=NodeName("n1"), attempt=1, start_method="fork", start_s=0.001, wall_s=0.5, core_s=0.6)
-    usage = cast("m.Usage", usage)
     payload = result or m.Payload(inline=b"result of " + start.args.inline)
     return m.AttemptEnd(start.attempt, start.job, start.index, outcome, payload, usage=usage)
 

@@ -85,7 +85,7 @@ def _give_up(turn: Turn, client: Client, keep_s: float) -> None:
             del state.jobs[job_id].feeds[client.incarnation]
             del client.watched[job_id]
     if not client.jobs:
-        del state.clients[client.incarnation]
+        state.clients.pop(client.incarnation, None)  # forgetting its last job may have done so
 
 
 def forget_if_over(turn: Turn, job: Job) -> None:
@@ -123,6 +123,10 @@ def job_opened(turn: Turn, event: events.JobOpened) -> None:
         turn.refuse(event.client, spec.job, 0, "Unauthorized", f"job {spec.job} belongs to another client")
     else:
         turn.to_client(event.client, SubmitOk(spec.job, job.count))
+        if job.feeds[event.client].paused:
+            # It does not know that the job was opened, so it has seen nothing of it.
+            feed = job.feeds[event.client] = Feed(job.acked, job.acked)
+            turn.pump(job, event.client, feed)
 
 
 def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int) -> Job | None:
@@ -130,7 +134,7 @@ def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int) -> Job 
     job = turn.state.jobs.get(job_id)
     if job is None:
         summary = turn.state.summaries.get(job_id)
-        if summary is not None and first < summary.tasks:
+        if summary is not None and first <= summary.tasks:
             turn.to_client(client, SubmitOk(job_id, summary.tasks))
         else:
             turn.refuse(client, job_id, first, "JobNotFound", f"there is no job {job_id}, or it has been forgotten")
@@ -242,6 +246,11 @@ def attached(turn: Turn, event: events.Attached) -> None:
     job = state.jobs.get(event.job)
     client = state.clients.get(event.client)
     if client is None:
+        return
+    summary = state.summaries.get(event.job)
+    if job is None and summary is not None and event.cursor >= summary.tasks:
+        # It has everything, and does not know that we know.
+        turn.to_client(event.client, SubmitOk(event.job, summary.tasks))
         return
     if job is None:
         text = f"there is no job {event.job}, or it has ended and been forgotten"

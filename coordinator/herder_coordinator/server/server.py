@@ -186,6 +186,7 @@ class Server:
     def _failed(self, error: Exception) -> None:
         """Fail-stop: tell nobody anything any more."""
         self._failure = error
+        log.error("nothing is acknowledged any more: %s", error, exc_info=not isinstance(error, JournalError) and error)
         self.end(f"failed: {error}")
 
     # --- links -------------------------------------------------------------------------------------------------------

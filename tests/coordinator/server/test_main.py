@@ -1,4 +1,4 @@
-"""The real program with its real journal: starts, says so, ends, is killed and comes back; and says plainly what is wrong."""
+"""The real program with its real journal: starts, says so, ends, is killed, comes back, says plainly what is wrong."""
 
 from __future__ import annotations
 

@@ -108,7 +108,12 @@ def test_everything_of_the_public_list_is_exposed_and_linted(authority: Authorit
             assert found["herder_journal_commit_seconds_count", ()] > 0
             assert found["herder_scheduler_decision_seconds_count", ()] > 0
             assert ("herder_blob_bytes_total", (("direction", "in"),)) in found
-            for name in ("herder_attempts_lost", "herder_fork_unsafe", "herder_build_info", "herder_queue_wait_seconds"):
+            for name in (
+                "herder_attempts_lost",
+                "herder_fork_unsafe",
+                "herder_build_info",
+                "herder_queue_wait_seconds",
+            ):
                 assert name in plain.text
             accept = {"accept": "application/openmetrics-text; version=1.0.0"}
             openmetrics = await web.get("/metrics", headers=accept)

@@ -28,9 +28,7 @@ from support.coordinators import (
 from support.links import Authority
 
 
-def test_tasks_go_from_client_to_agent_and_their_ends_come_back(
-    authority: Authority, tmp_path: Path, run: Run
-) -> None:
+def test_tasks_go_from_client_to_agent_and_their_ends_come_back(authority: Authority, tmp_path: Path, run: Run) -> None:
     async def go() -> None:
         async with (
             coordinating(authority, tmp_path) as running,
@@ -76,21 +74,24 @@ def test_nothing_is_acknowledged_before_the_journal_has_it(authority: Authority,
 def test_a_failed_journal_ends_the_coordinator_without_another_acknowledgement(
     authority: Authority, tmp_path: Path, run: Run
 ) -> None:
+    async def fail(journal: MemoryJournal) -> None:
+        async with (
+            coordinating(authority, tmp_path, journal) as running,
+            client_of(authority, running.address) as client,
+        ):
+            journal.hold = True
+            client.send(m.OpenJob(job_spec()), submission(1))
+            await client.ask(1, "status")
+            journal.fail(JournalError("the disk is gone"))
+            await client.client.observer.until(lambda: client.client.observer.ends)
+            journal.commit()
+            await asyncio.wait([running.ending])
+            assert not [one for one in client.messages if isinstance(one, m.SubmitOk)]
+
     async def go() -> None:
         journal = MemoryJournal()
         with pytest.raises(JournalError, match="disk"):
-            async with (
-                coordinating(authority, tmp_path, journal) as running,
-                client_of(authority, running.address) as client,
-            ):
-                journal.hold = True
-                client.send(m.OpenJob(job_spec()), submission(1))
-                await client.ask(1, "status")
-                journal.fail(JournalError("the disk is gone"))
-                await client.client.observer.until(lambda: client.client.observer.ends)
-                journal.commit()
-                await asyncio.wait([running.ending])
-                assert not [one for one in client.messages if isinstance(one, m.SubmitOk)]
+            await fail(journal)
         assert journal.is_closed
 
     run(go())
@@ -155,7 +156,9 @@ def test_shut_down_stops_the_agents_first(authority: Authority, tmp_path: Path, 
     run(go())
 
 
-def test_readiness_says_why_not(authority: Authority, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readiness_says_why_not(
+    authority: Authority, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def go() -> None:
         journal = MemoryJournal()
         async with (
