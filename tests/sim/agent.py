@@ -254,9 +254,9 @@ class Agent:
         _check_dependencies(start)
         if world.chance(0.7):
             self._say(events.AttemptsStarted(self.facts.node, self.session, (start.attempt,)))
-        outcome, failure = self._fate(run)
+        outcome, fate = self._fate(run)
         duration_s = world.random.expovariate(1 / self.faults.task_s)
-        world.after(duration_s, lambda: self._ended(incarnation, run, outcome, failure))
+        world.after(duration_s, lambda: self._ended(incarnation, run, outcome, fate))
 
     def _fate(self, run: Run) -> tuple[Outcome, Failure | None]:
         draw = self.world.random.random()

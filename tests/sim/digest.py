@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from herder_coordinator.core.state import State
+from herder_shared.ids import BlobId
 from herder_shared.states import TaskState
 
 
@@ -45,9 +46,9 @@ def digest(state: State) -> dict[str, Any]:
     }
 
 
-def _blobs(state: State) -> dict[str, int]:
+def _blobs(state: State) -> dict[BlobId, int]:
     """References, without those of the acknowledged records that are kept for a while."""
-    blobs: dict[str, int] = dict(state.blobs)
+    blobs = dict(state.blobs)
     for end in state.recent.values():
         if end.result is not None and end.result.blob is not None:
             blobs[end.result.blob] -= 1

@@ -1,4 +1,4 @@
-"""The folder in which a journal lives: made private, held by one coordinator at a time, and fit for a database at all."""
+"""The folder in which a journal lives: made private, held by one coordinator at a time, fit for a database at all."""
 
 from __future__ import annotations
 
