@@ -38,7 +38,7 @@ THREAD_VARIABLES = (
 )
 #: The C functions under `signal`'s, which make an enum of each answer: forty of them are asked after each task.
 _get_handler = sys.modules["_signal"].getsignal
-_SIGNALS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_SIGNALS = [number for number in range(1, 32) if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
 
 class Exit(BaseException):
@@ -67,6 +67,7 @@ class Runner:
         self._cpus: list[int] | None = None
         self._limits: dict[str, Any] = {}
         self._baseline: Baseline | None = None
+        self._below: resource.struct_rusage | None = None
         self._discarding = False
         self._pipes: tuple[int, ...] | None = None
 
@@ -75,7 +76,7 @@ class Runner:
         pid = os.getpid()
         retry_on: Any = None
         error: BaseException
-        usage = Usage()
+        used = _NOTHING_USED
         try:
             parts = self._parts(channel, head, body)
             retry_on = parts.get("retry_on")
@@ -83,11 +84,12 @@ class Runner:
             function, (args, kwargs) = self._unpickle(head, parts)
             parts.clear()
             channel.send_packed(_STARTED)
-            usage = Usage()
+            usage = Usage(self._below)
             try:
                 value = function(*args, **kwargs)
             finally:
-                usage.stop()
+                used = usage.stop()
+                self._below = usage.below
                 if os.getpid() != pid:
                     raise Exit(0)
             del function, args, kwargs
@@ -100,7 +102,7 @@ class Runner:
             cause = refusal.__cause__
             if cause is not None:
                 head["type"], head["traceback"] = failures.type_name(cause), failures.traceback_text(cause)
-            channel.send({**head, "retryable": refusal.cause == "start_failed", "pickled": -1, **usage.difference})
+            channel.send({**head, "retryable": refusal.cause == "start_failed", "pickled": -1, **used})
             return
         except Exit:
             raise
@@ -108,12 +110,12 @@ class Runner:
             error = raised
         else:
             self.flush()
-            self._send_result(channel, answer, usage)
+            self._send_result(channel, answer, used)
             return
         finally:
             self.seen.leave()
         self.flush()
-        self._send_exception(channel, error, retry_on, usage)
+        self._send_exception(channel, error, retry_on, used)
         del error  # its traceback holds this frame
 
     def rehearse(self, head: dict[str, Any], body: memoryview) -> None:
@@ -122,8 +124,7 @@ class Runner:
         function, (args, kwargs) = self._unpickle(head, parts)
         usage = Usage()
         value = function(*args, **kwargs)
-        usage.stop()
-        _result_frame(self._pickle(value), usage)
+        _result_frame(self._pickle(value), usage.stop())
         self._functions.clear()
         self.seen.leave()
         self.flush()
@@ -239,19 +240,21 @@ class Runner:
             raise failures.Refusal("not_serializable", failures.not_serializable(value, error)) from error
         return content
 
-    def _send_result(self, channel: wire.Channel, content: bytes, usage: Usage) -> None:
+    def _send_result(self, channel: wire.Channel, content: bytes, used: dict[str, float]) -> None:
         if len(content) <= INLINE_BYTES_MAX:
-            channel.send_packed(_result_frame(content, usage))
+            channel.send_packed(_result_frame(content, used))
             return
         fd = sealed_memfd(content)
         try:
-            channel.send({"t": "result", "len": len(content), "blob": True, **usage.difference}, b"", [fd])
+            channel.send({"t": "result", "len": len(content), "blob": True, **used}, b"", [fd])
         finally:
             os.close(fd)
 
-    def _send_exception(self, channel: wire.Channel, error: BaseException, retry_on: Any, usage: Usage) -> None:
+    def _send_exception(
+        self, channel: wire.Channel, error: BaseException, retry_on: Any, used: dict[str, float]
+    ) -> None:
         if isinstance(error, SetupBroke):
-            channel.send({**error.head, "t": "error", "retryable": False, "pickled": -1, **usage.difference})
+            channel.send({**error.head, "t": "error", "retryable": False, "pickled": -1, **used})
             return
         content = failures.pickle_exception(error)
         head = {
@@ -262,7 +265,7 @@ class Runner:
             "traceback": failures.traceback_text(error),
             "retryable": _is_retryable(error, retry_on),
             "pickled": -1 if content is None else len(content),
-            **usage.difference,
+            **used,
         }
         channel.send(head, content or b"")
 
@@ -303,36 +306,31 @@ class SetupBroke(Exception):
 
 
 class Usage:
-    """What this process and the children that it has reaped use between now and `stop`."""
+    """What this process and the children that it has reaped use between now and `stop`.
 
-    __slots__ = ("_children", "_own", "_wall", "difference")
+    `below` is what those children had used before; asked for here where it is not known from the task before.
+    """
 
-    def __init__(self) -> None:
-        self.difference: dict[str, float] = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0}
+    __slots__ = ("_own", "_wall", "below")
+
+    def __init__(self, below: resource.struct_rusage | None = None) -> None:
         self._own = resource.getrusage(resource.RUSAGE_SELF)
-        self._children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.below = below or resource.getrusage(resource.RUSAGE_CHILDREN)
         self._wall = time.perf_counter()
 
-    def stop(self) -> None:
+    def stop(self) -> dict[str, float]:
         wall = time.perf_counter() - self._wall
         own = resource.getrusage(resource.RUSAGE_SELF)
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        before, below = self._own, self._children
-        self.difference = {
+        before, below = self._own, self.below
+        self.below = children
+        return {
             "wall": wall,
             "utime": own.ru_utime - before.ru_utime + children.ru_utime - below.ru_utime,
             "stime": own.ru_stime - before.ru_stime + children.ru_stime - below.ru_stime,
             "minflt": own.ru_minflt - before.ru_minflt + children.ru_minflt - below.ru_minflt,
             "majflt": own.ru_majflt - before.ru_majflt + children.ru_majflt - below.ru_majflt,
         }
-
-    def text(self) -> str:
-        """The differences as the inside of a JSON object."""
-        d = self.difference
-        return (
-            f'"wall":{d["wall"]:.6f},"utime":{d["utime"]:.6f},"stime":{d["stime"]:.6f},'
-            f'"minflt":{d["minflt"]},"majflt":{d["majflt"]}'
-        )
 
 
 class Baseline:
@@ -343,22 +341,26 @@ class Baseline:
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]
         self._umask = os.umask(0o022)
         os.umask(self._umask)
-        self._handlers = [_get_handler(number) for number in _SIGNALS]
+        self._handlers = list(map(_get_handler, _SIGNALS))
 
     def restore(self) -> None:
         if os.environ._data != self._environment:  # type: ignore[attr-defined]
             self._restore_environment()
         os.umask(self._umask)
         signal.alarm(0)
-        for number, handler in zip(_SIGNALS, self._handlers, strict=True):
-            if _get_handler(number) is not handler and handler is not None:
-                signal.signal(number, handler)
+        if list(map(_get_handler, _SIGNALS)) != self._handlers:
+            self._restore_handlers()
         try:
             if os.getcwd() == self._folder:
                 return
         except FileNotFoundError:
             pass
         os.chdir(self._folder)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in zip(_SIGNALS, self._handlers, strict=True):
+            if _get_handler(number) is not handler and handler is not None:
+                signal.signal(number, handler)
 
     def _restore_environment(self) -> None:
         now = dict(os.environ._data)  # type: ignore[attr-defined]
@@ -369,8 +371,11 @@ class Baseline:
                 os.environb[name] = value
 
 
-def _result_frame(content: bytes, usage: Usage) -> bytes:
-    head = f'{{"t":"result","len":{len(content)},"blob":false,{usage.text()}}}'.encode()
+def _result_frame(content: bytes, used: dict[str, float]) -> bytes:
+    head = (
+        f'{{"t":"result","len":{len(content)},"blob":false,"wall":{used["wall"]:.6f},"utime":{used["utime"]:.6f},'
+        f'"stime":{used["stime"]:.6f},"minflt":{used["minflt"]},"majflt":{used["majflt"]}}}'
+    ).encode()
     return b"".join((wire.HEADER.pack(len(head), len(content)), head, content))
 
 
@@ -453,4 +458,5 @@ def _mismatch(client: str, here: str) -> str:
     )
 
 
+_NOTHING_USED = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0}
 _STARTED = wire.pack({"t": "started"})
