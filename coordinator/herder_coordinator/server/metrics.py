@@ -17,7 +17,6 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.exposition import choose_encoder
@@ -211,8 +210,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every metric family, with its samples as of now."""
-        build = InfoMetricFamily("herder_build", "Version of the coordinator and of its Python.")
-        build.add_metric([], {"version": self._sources.version, "python": platform.python_version()})
+        build = GaugeMetricFamily("herder_build_info", "Always 1.", labels=["component", "version", "python"])
+        build.add_metric(["coordinator", self._sources.version, platform.python_version()], 1)
         yield build
         yield from self._collect_tasks()
         yield from self._collect_own()
