@@ -35,11 +35,8 @@ def test_a_damaged_record_is_named_with_the_cure(tmp_path: Path) -> None:
 
 
 def test_a_second_launcher_is_refused_while_the_first_is_at_work(tmp_path: Path) -> None:
-    with record.exclusive(tmp_path):
-        with (
-            pytest.raises(ConfigError, match="another `herder up` or `herder down` is at work"),
-            record.exclusive(tmp_path),
-        ):
-            pass
+    busy = "another `herder up` or `herder down` is at work"
+    with record.exclusive(tmp_path), pytest.raises(ConfigError, match=busy), record.exclusive(tmp_path):
+        pass
     with record.exclusive(tmp_path):
         pass
