@@ -164,6 +164,11 @@ def _error_of(end: TaskEnd, job: JobId) -> BaseException:
     return _rebuild(failure, end, job)
 
 
+#: What a node lacks is told as what it is, so that `except ImportError` sees it.
+_IMPORT_ERRORS: dict[str, type[ImportError]] = {
+    "ImportError": ImportError,
+    "ModuleNotFoundError": ModuleNotFoundError,
+}
 _CLASSES: dict[Cause, type[HerderError]] = {
     Cause.EXIT: TaskCrashed,
     Cause.SIGNAL: TaskCrashed,
@@ -206,6 +211,10 @@ def _own_exception(failure: Failure, end: TaskEnd, job: JobId) -> BaseException:
     if own is not None:
         own.__cause__ = cause
         return own
+    if failure.type_name in _IMPORT_ERRORS:
+        missing = _IMPORT_ERRORS[failure.type_name](_message(failure, end, job))
+        missing.__cause__ = cause
+        return missing
     remote = RemoteError(
         f"task {_where(end, job)} raised {failure.type_name or 'an exception'}, which cannot be rebuilt here: "
         f"{failure.message}\n{failure.traceback}".rstrip(),

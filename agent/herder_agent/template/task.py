@@ -198,8 +198,15 @@ class Runner:
             self.controller.limit(limits=threads)
 
     def _unpickle(self, head: dict[str, Any], parts: dict[str, Any]) -> tuple[Any, Any]:
-        what = "function"
+        what = "dependency"
         try:
+            # Before the function: a future in its closure is a dependency like any other.
+            dependencies = {}
+            for name in [name for name in parts if name.startswith("dep:")]:
+                job, _, index = name[4:].rpartition(":")
+                dependencies[job, int(index)] = pickle.loads(parts[name])
+            self.seen.enter(head, dependencies)
+            what = "function"
             key = head["function"]
             if "function" in parts:
                 function = pickle.loads(parts["function"])
@@ -210,12 +217,6 @@ class Runner:
                 function = self._functions[key]
             else:
                 raise failures.Refusal("start_failed", f"function {key} was neither sent nor is it known to this child")
-            dependencies = {}
-            what = "dependency"
-            for name in [name for name in parts if name.startswith("dep:")]:
-                job, _, index = name[4:].rpartition(":")
-                dependencies[job, int(index)] = pickle.loads(parts[name])
-            self.seen.enter(head, dependencies)
             what = "arguments"
             return function, pickle.loads(parts["args"])
         except (failures.Refusal, SystemExit):
