@@ -237,7 +237,7 @@ def _lock(state_dir: Path) -> int:
     return fd
 
 
-def _prepare_process(config: AgentConfig) -> None:
+def _prepare_process() -> None:
     """What must be so before the first child: nothing of ours is inherited, orphans come to us, nobody reads us."""
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
@@ -264,7 +264,7 @@ def run(config: AgentConfig) -> None:
     node = NodeName(config.node or own_peer(config.identity).name)
     lock = _lock(config.state_dir)
     try:
-        _prepare_process(config)
+        _prepare_process()
         stale = reap.kill_stale(marker(Place(cluster, config.state_dir, {}), node))
         if stale:
             _log.warning("killed %d processes that an earlier agent left behind", stale)

@@ -1,6 +1,7 @@
 """The agent's metrics (API.md, section 3): read from the state when somebody asks; counted nowhere else.
 
-The exposition travels over the session (`PullMetrics`), or is served over HTTP where `metrics_listen` is set. It decides nothing.
+The exposition travels over the session (`PullMetrics`), or is served over HTTP where `metrics_listen` is set. It
+decides nothing.
 """
 
 from __future__ import annotations

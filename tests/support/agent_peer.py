@@ -148,7 +148,7 @@ class Coordinator:
 
         async def until() -> None:
             async with asyncio.timeout(timeout_s):
-                while not condition():
+                while not condition():  # noqa: ASYNC110 - conditions are about processes and files too
                     await asyncio.sleep(0.002)
 
         self.loop.run_until_complete(until())
@@ -265,7 +265,9 @@ def start_agent(coordinator: Coordinator, folder: Path, cores: int = 2, *flags: 
     command = [sys.executable, "-m", "herder_agent", "--identity", str(identity), "--state-dir", str(folder / "state")]
     command += ["--coordinator", f"{host}:{port}", "--node", "n1", "--cores", str(cores), "--no-pin", *flags]
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(os.environ))
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(os.environ)
+        )
     return AgentProcess(process, log, folder / "state")
 
 

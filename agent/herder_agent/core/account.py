@@ -1,7 +1,8 @@
 """The account of core-seconds: every second of every core falls in exactly one `CoreState`.
 
-What is held by attempts is counted per state; what is not held is idle, or idle while work waits elsewhere. Since the held
-cores and the free ones always sum to the node's cores, the states' seconds sum to cores × elapsed time, by construction.
+What is held by attempts is counted per state; what is not held is idle, or idle while work waits elsewhere. Since the
+held cores and the free ones always sum to the node's cores, the states' seconds sum to cores × elapsed time, by
+construction.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def move(state: State, attempt: Attempt, phase: Phase) -> None:
     attempt.phase = phase
 
 
-def accept(
+def accept(  # noqa: PLR0917 - the core's functions all take state, subject, time, effects
     state: State, start: AttemptStart, job: JobBrief, workload: Workload, now_s: float, effects: list[Effect]
 ) -> None:
     """Queue an attempt; have its blobs fetched meanwhile."""
@@ -60,7 +60,9 @@ def _blobs_of(state: State, start: AttemptStart) -> tuple[BlobId, ...]:
     return tuple(blobs)
 
 
-def stop(state: State, attempt: Attempt, why: Outcome, grace_s: float, now_s: float, effects: list[Effect]) -> None:
+def stop(  # noqa: PLR0917
+    state: State, attempt: Attempt, why: Outcome, grace_s: float, now_s: float, effects: list[Effect]
+) -> None:
     """End an attempt before its time. One without a child ends at once; a child gets SIGTERM, then SIGKILL."""
     if attempt.phase in {Phase.QUEUED, Phase.FETCHING, Phase.WAITING}:
         failure = Failure(Cause.CANCELLED, "cancelled before it started")
@@ -79,7 +81,7 @@ def drop(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) ->
     stop(state, attempt, Outcome.CANCELLED, KILL_GRACE_S, now_s, effects)
 
 
-def end(
+def end(  # noqa: PLR0917
     state: State, attempt: Attempt, outcome: Outcome, failure: Failure | None, now_s: float, effects: list[Effect]
 ) -> None:
     """Free what the attempt holds and report its end."""

@@ -1,7 +1,7 @@
 """What can happen to an agent. Past tense; the shell makes them, `step` takes them.
 
-Templates and children are known by numbers which the core gives out and which are never used again, so that what arrives
-late from one that is gone is recognised and dropped.
+Templates and children are known by numbers which the core gives out and which are never used again, so that what
+arrives late from one that is gone is recognised and dropped.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Which template is started, how many children are made ahead, and which attempt gets which child.
 
 Theory of operation. A workload's `method` is known at once for `start="fresh"` and for commands; otherwise its template
-says, after its audit, whether it forks. Each method has a pool of children. Attempts that hold a slot wait in the pool (or
-in `undecided`) until a child is there; children are asked for ahead of demand, as many as the slots could need, and end
-when their workload has not been used for `IDLE_CHILD_S`; its template follows after `IDLE_TEMPLATE_S`.
+says, after its audit, whether it forks. Each method has a pool of children. Attempts that hold a slot wait in the
+pool (or in `undecided`) until a child is there; children are asked for ahead of demand, as many as the slots could
+need, and end when their workload has not been used for `IDLE_CHILD_S`; its template follows after `IDLE_TEMPLATE_S`.
 
-A start that fails is tried again `TEMPLATE_TRIES_MAX` times; then the attempts that wait end with its failure, and so do
-those that come within `REFUSAL_S`. A fork that fails is tried again later and later, `FORK_TRIES_MAX` times.
+A start that fails is tried again `TEMPLATE_TRIES_MAX` times; then the attempts that wait end with its failure, and
+so do those that come within `REFUSAL_S`. A fork that fails is tried again later and later, `FORK_TRIES_MAX` times.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _missing(state: State, pool: Pool, now_s: float) -> int:
     if pool.method == workload.method:
         demand += workload.queued
         if demand or now_s - workload.used_s < IDLE_CHILD_S:
-            reserve = _reserve(state, pool)
+            reserve = _reserve(pool)
     limit = ceil(state.slots.total.cores)
     if workload.reuses:
         limit -= pool.busy
@@ -168,7 +168,7 @@ def _missing(state: State, pool: Pool, now_s: float) -> int:
     return wanted - len(pool.idle) - pool.coming
 
 
-def _reserve(state: State, pool: Pool) -> int:
+def _reserve(pool: Pool) -> int:
     warm = pool.workload.spec.warm
     if warm is not None:
         return warm
@@ -233,7 +233,7 @@ def grant(state: State, attempt: Attempt) -> Grant:
     return Grant(cpus, threads, slot.gpus)
 
 
-def child_ready(state: State, child: Child, effects: list[Effect]) -> None:
+def child_ready(state: State, child: Child) -> None:
     """A child that was asked for waits for a task."""
     pool = child.pool
     pool.coming -= 1
@@ -277,7 +277,7 @@ def forget_child(state: State, child: Child) -> None:
     touch(state, pool)
 
 
-def retire(state: State, child: Child, effects: list[Effect]) -> None:
+def retire(child: Child, effects: list[Effect]) -> None:
     """Ask a child that is idle, or has just ended its last task, to end."""
     pool = child.pool
     if child.phase is ChildPhase.IDLE:
@@ -290,7 +290,7 @@ def retire(state: State, child: Child, effects: list[Effect]) -> None:
     effects.append(StopChild(child.id))
 
 
-def started(state: State, attempt: Attempt, effects: list[Effect]) -> None:
+def started(attempt: Attempt, effects: list[Effect]) -> None:
     """Note how long the start took, and report medians now and then."""
     pool = attempt.workload.pool(attempt.method)
     pool.failures = 0
@@ -314,7 +314,7 @@ def decided(state: State, workload: Workload, method: str, effects: list[Effect]
     effects.append(ReportWorkload(report_of(workload)))
 
 
-def start_failed(
+def start_failed(  # noqa: PLR0917
     state: State, workload: Workload, cause: Cause, message: str, traceback: str, now_s: float, effects: list[Effect]
 ) -> None:
     """A template, or a fresh interpreter's preload, failed. What the audit finds once it finds again: no second try."""
@@ -356,12 +356,12 @@ def look_whether_idle(state: State, workload: Workload, now_s: float, effects: l
     if unused_s >= IDLE_CHILD_S and workload.spec.warm is None:
         for pool in workload.pools.values():
             for child in list(pool.idle):
-                retire(state, child, effects)
+                retire(child, effects)
     template = workload.template
     if unused_s >= IDLE_TEMPLATE_S:
         for pool in workload.pools.values():
             for child in list(pool.idle):
-                retire(state, child, effects)
+                retire(child, effects)
         if template is not None:
             template.state = TemplateState.STOPPED
             workload.template = None
@@ -378,7 +378,8 @@ def report_of(workload: Workload) -> WorkloadReport:
     template = workload.template
     infos: tuple[TemplateInfo, ...] = ()
     if template is not None:
-        infos = (TemplateInfo(_STATE_WORDS[template.state], template.pid, template.start_s, template.rss_bytes, template.children),)
+        words = _STATE_WORDS[template.state]
+        infos = (TemplateInfo(words, template.pid, template.start_s, template.rss_bytes, template.children),)
     return WorkloadReport(
         key=workload.spec.key,
         name=workload.spec.name,

@@ -1,7 +1,8 @@
 """Which cores, GPUs, memory and named resources of the node are held, and which are free.
 
-Core indices count from 0 over the slots that the agent offers; lower ones are taken first, so that, with the node's CPUs
-listed by NUMA node, an attempt's cores lie together. A request below one core shares a core with others of its kind.
+Core indices count from 0 over the slots that the agent offers; lower ones are taken first, so that, with the node's
+CPUs listed by NUMA node, an attempt's cores lie together. A request below one core shares a core with others of its
+kind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """All that an agent knows of its attempts, children, templates and workloads.
 
 Where an attempt is says which collection holds it: `QUEUED` in `queue`; `FETCHING` only in `attempts`; `WAITING` in its
-workload's `undecided` or its pool's `waiting`; `SENT`, `RUNNING` and `ANSWERED` in its child; `LEAVING` in `leaving`. From
-`FETCHING` on it holds a slot. An attempt that has ended is in `ends` until the coordinator has it.
+workload's `undecided` or its pool's `waiting`; `SENT`, `RUNNING` and `ANSWERED` in its child; `LEAVING` in
+`leaving`. From `FETCHING` on it holds a slot. An attempt that has ended is in `ends` until the coordinator has it.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
         case ChildIdle():
             if (child := state.children.get(event.child)) is not None and child.phase is ChildPhase.WARMING:
                 child.pool.workload.python = event.python
-                launchers.child_ready(state, child, effects)
+                launchers.child_ready(state, child)
         case ChildForkFailed():
             _child_fork_failed(state, event, now_s, effects)
         case ChildSetupFailed():
@@ -199,9 +199,9 @@ def _connected(state: State, event: Connected, effects: list[Effect]) -> None:
     state.blob_functions.clear()
     in_use = {attempt.workload.spec.key for attempt in state.attempts.values()}
     for key, workload in list(state.workloads.items()):
-        if workload.template is None and key not in in_use and not any(p.idle for p in workload.pools.values()):
-            if not any(child.pool.workload is workload for child in state.children.values()):
-                del state.workloads[key]
+        has_children = any(child.pool.workload is workload for child in state.children.values())
+        if workload.template is None and key not in in_use and not has_children:
+            del state.workloads[key]
     uploading = {attempt_id for ids in state.uploading.values() for attempt_id in ids}
     begun = {Phase.RUNNING, Phase.ANSWERED, Phase.LEAVING}
     running = [
@@ -243,7 +243,7 @@ def _child_forked(state: State, event: ChildForked, now_s: float, effects: list[
         if child.pool.method == "fresh":
             child.phase = ChildPhase.WARMING
         else:
-            launchers.child_ready(state, child, effects)
+            launchers.child_ready(state, child)
 
 
 def _child_started(state: State, event: ChildStarted, now_s: float, effects: list[Effect]) -> None:
@@ -257,7 +257,7 @@ def _start_running(state: State, attempt: Attempt, now_s: float, effects: list[E
         return
     attempt.started_s = now_s
     move(state, attempt, Phase.RUNNING)
-    launchers.started(state, attempt, effects)
+    launchers.started(attempt, effects)
     if not attempt.dropped:
         effects.append(ReportStarted(attempt.id))
 

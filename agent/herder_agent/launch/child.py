@@ -1,8 +1,8 @@
 """`Child`: one process for tasks, however it was made: its task socket, its captured output, its pidfd.
 
-Descriptors: the template holds none of them; the child holds the other ends; `close` closes ours. Output is read lazily:
-most tasks are over before anybody must read their pipes (64 KiB fit into one), so a reader is attached only to children
-that run for longer, and each pipe is drained once more when the child answers or exits.
+Descriptors: the template holds none of them; the child holds the other ends; `close` closes ours. Output is read
+lazily: most tasks are over before anybody must read their pipes (64 KiB fit into one), so a reader is attached only
+to children that run for longer, and each pipe is drained once more when the child answers or exits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Frames between the agent and its templates and children, the agent's end (template/PROTOCOL.md).
 
-A `Channel` never blocks: what the socket does not take waits in a bounded buffer. Descriptors come with the first byte of
-their frame; `recvmsg` may return them together with earlier bytes but never with later ones, so they are queued and each
-frame takes as many as its head announces.
+A `Channel` never blocks: what the socket does not take waits in a bounded buffer. Descriptors come with the first
+byte of their frame; `recvmsg` may return them together with earlier bytes but never with later ones, so they are
+queued and each frame takes as many as its head announces.
 """
 
 from __future__ import annotations

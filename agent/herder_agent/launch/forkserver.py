@@ -1,8 +1,9 @@
 """Templates: exec'd clean from the agent's main thread, spoken to over a control socket, reaped by pidfd.
 
 Who holds what: the template has its end of the control socket as descriptor 3, `/dev/null` as stdin and a log file as
-stdout and stderr. Everything else of the agent's is close-on-exec. EOF on the control socket ends a template; the death of
-the agent does both. `exited` is called once, after all that the template said was taken and its process was reaped.
+stdout and stderr. Everything else of the agent's is close-on-exec. EOF on the control socket ends a template; the
+death of the agent does both. `exited` is called once, after all that the template said was taken and its process was
+reaped.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _OUTPUT_BYTES_MAX = 4 << 20
 class Prologue:
     """One run. `done(environment)` or `failed(message)` is called once. Its process is `pid` until then."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         loop: asyncio.AbstractEventLoop,
         text: str,

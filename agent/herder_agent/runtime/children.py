@@ -1,7 +1,8 @@
 """The children that exist: what they say becomes events, in the right order.
 
-A child's answer and its exit come over two sockets, in any order; and an answer that is a large result is stored by a thread
-first. So on a child's exit its task socket is read to the end, and the exit is told only after an answer that is being stored.
+A child's answer and its exit come over two sockets, in any order; and an answer that is a large result is stored by a
+thread first. So on a child's exit its task socket is read to the end, and the exit is told only after an answer that
+is being stored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The agent's loop: the only owner of `State`. Everything that happens becomes an event; effects become calls.
 
-Nothing here waits. Events that arise while an event is taken are taken after it, in order. What is to be reported in one
-turn of the event loop leaves in one message per kind; a task that starts and ends within `STARTED_DELAY_S` is reported by
-its end alone.
+Nothing here waits. Events that arise while an event is taken are taken after it, in order. What is to be reported in
+one turn of the event loop leaves in one message per kind; a task that starts and ends within `STARTED_DELAY_S` is
+reported by its end alone.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class AgentLoop:
         self._workloads: dict[WorkloadKey, WorkloadReport] = {}
         self._held_bytes = 0
         self._use = host.CpuUse(state.cpus or host.usable_cpus())
+        self._templates_gone = asyncio.Event()
         self._is_closing = False
         self._is_closed = False
 
@@ -319,7 +320,9 @@ class AgentLoop:
     def _template_exited(self, template: forkserver.Template, message: str) -> None:
         self._templates.pop(template.number, None)
         self.reaper.known.discard(template.pid)
-        if not template.is_stopping:
+        if not self._templates:
+            self._templates_gone.set()
+        if not template.is_stopping and not self._is_closing:
             _log.warning("%s", message)
         self.dispatch(events.TemplateExited(template.number, message))
         self.children.drop_all_of(template.number)
@@ -486,12 +489,15 @@ class AgentLoop:
                 template.stop()
             else:
                 self._templates.pop(template.number)
-        deadline_s = time.monotonic() + _STOP_LIMIT_S
-        while self._templates and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.005)
-        self.end_now()
-        while self.reaper.sweep() and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.005)
+        try:
+            async with asyncio.timeout(_STOP_LIMIT_S):
+                if self._templates:
+                    await self._templates_gone.wait()
+                self.end_now()
+                while self.reaper.sweep():  # noqa: ASYNC110 - nothing tells when a killed orphan is gone
+                    await asyncio.sleep(_SWEEP_RETRY_S)
+        except TimeoutError:
+            self.end_now()
         self.children.close()
         self.connection.close()
         self.reaper.close()

@@ -1,7 +1,7 @@
 """Samples the memory of children that run tasks, while any does.
 
-The kernel's own peak (`ru_maxrss`) of a forked child counts its template's pages, so it cannot be used. Tasks that are over
-sooner than the first sample are measured once, when they answer.
+The kernel's own peak (`ru_maxrss`) of a forked child counts its template's pages, so it cannot be used. Tasks that
+are over sooner than the first sample are measured once, when they answer.
 """
 
 from __future__ import annotations

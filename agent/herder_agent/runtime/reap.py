@@ -1,8 +1,9 @@
-"""Processes, from the outside: what ended children left behind, how much memory a running one has, what the kernel killed.
+"""Processes, from the outside: what ended children left behind, how much memory a running one has, what the kernel
+killed.
 
-The agent is a child subreaper: what a task's process leaves behind when it dies becomes our child. Our own children are
-known (templates, the spawner, a prologue's shell), so any other child of ours is such a leftover and is killed, with all its
-descendants. Reading our list of children is one system call.
+The agent is a child subreaper: what a task's process leaves behind when it dies becomes our child. Our own children
+are known (templates, the spawner, a prologue's shell), so any other child of ours is such a leftover and is killed,
+with all its descendants. Reading our list of children is one system call.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_order_of_another_session_is_not_obeyed(tmp_path: Path) -> None:
     with running(tmp_path) as (coordinator, _):
         assert coordinator.link is not None
         link, session = coordinator.link, coordinator.link.session
-        coordinator.link = type("Old", (), {"session": session - 1, "send": staticmethod(link.send)})()  # type: ignore[assignment]
+        coordinator.link = type("Old", (), {"session": session - 1, "send": staticmethod(link.send)})()
         old = coordinator.start(os.getpid)
         coordinator.link = link
         coordinator._known.clear()
@@ -183,13 +183,11 @@ def test_end_of_the_lifeline_ends_everything(tmp_path: Path) -> None:
         hello_read, hello_write = os.pipe()
         os.set_inheritable(hello_write, True)
         host, port = coordinator.address
-        command = ["python", "-m", "herder_agent", "--identity", str(tmp_path / "agent"), "--cores", "1"]
+        command = [sys.executable, "-m", "herder_agent", "--identity", str(tmp_path / "agent"), "--cores", "1"]
         command += ["--state-dir", str(tmp_path / "state"), "--coordinator", f"{host}:{port}", "--no-pin"]
         command += ["--lifeline-fd", str(read), "--hello-fd", str(hello_write)]
         with (tmp_path / "second.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, executable=os.sys.executable, pass_fds=(read, hello_write), stdout=log, stderr=log  # type: ignore[attr-defined]
-            )
+            process = subprocess.Popen(command, pass_fds=(read, hello_write), stdout=log, stderr=log)
         os.close(read)
         os.close(hello_write)
         try:
