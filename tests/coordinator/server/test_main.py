@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ from herder_coordinator.main import escape
 from herder_shared.config import CoordinatorConfig
 from herder_shared.wire import messages as m
 from support.coordinators import (
+    FUNCTION,
     JOB,
     agent_of,
     client_of,
@@ -31,8 +33,10 @@ from support.coordinators import (
     run_all,
     start_arguments,
     submission,
+    tasks,
 )
 from support.links import Authority
+from support.requirements import unmet
 
 
 def run_to_end(config: CoordinatorConfig, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -161,3 +165,49 @@ def test_a_hardened_process_cannot_unpickle() -> None:
 
 def test_log_text_cannot_fake_a_line() -> None:
     assert escape("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], None]]:
+    """`state` on a disk of its own; called with MiB, it makes that the disk's size."""
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "none", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, timeout=10, check=False).returncode != 0:
+        unmet("a full disk needs root, to mount a small one")
+
+    def resize(size_mib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size_mib}m", str(folder)], timeout=10, check=True)
+
+    yield resize
+    subprocess.run(["umount", str(folder)], timeout=10, check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_it_and_what_was_acknowledged_is_kept(
+    authority: Authority, tmp_path: Path, run: Run, small_disk: Callable[[int], None]
+) -> None:
+    config = config_for(authority, tmp_path)
+    acknowledged: list[int] = []
+
+    async def fill(address: tuple[str, int]) -> None:
+        async with client_of(authority, address) as client:
+            client.send(m.OpenJob(job_spec(detached=True)))
+            for first in range(100):
+                client.send(m.SubmitTasks(JOB, first, FUNCTION, tasks(bytes(50_000))))
+            await client.client.observer.until(lambda: client.client.observer.ends)
+            acknowledged.extend(one.upto for one in client.messages if isinstance(one, m.SubmitOk))
+
+    async def count(address: tuple[str, int]) -> None:
+        async with client_of(authority, address) as client:
+            jobs = (await client.ask(1, "jobs")).jobs or ()
+            assert sum(job.tasks for job in jobs) >= max(acknowledged, default=0)
+
+    with coordinator_process(config) as full:
+        run(fill(full.address))
+        assert full.process.wait(10) == 4
+        assert "no space left" in full.log.read_text()
+        assert "Traceback" not in full.log.read_text()
+    small_disk(20)
+    with coordinator_process(config) as again:
+        run(count(again.address))
