@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ class Agent:
         self.is_alive = True
         self.epoch_seen = 0
         self.runs: dict[AttemptId, Run] = {}
+        self._inbox: list[Callable[[], None]] = []
         self.accepted: set[AttemptId] = set()
         self._reset_link()
         self._connect(self.incarnation)
@@ -93,7 +95,7 @@ class Agent:
 
     def stop(self, seconds: float) -> None:
         """SIGSTOP: nothing is read, sent or noticed."""
-        self.stopped_until_s = self.world.now_s + seconds
+        self.stopped_until_s = max(self.stopped_until_s, self.world.now_s + seconds)
 
     def _is_stopped(self) -> bool:
         return self.world.now_s < self.stopped_until_s
@@ -126,14 +128,19 @@ class Agent:
         if self.wire is wire and self.is_alive:
             self._when_awake(lambda: self._sync(wire))
 
-    def _when_awake(self, what: object) -> None:
-        assert callable(what)
+    def _when_awake(self, what: Callable[[], None]) -> None:
+        """Now, or in order when it runs again. A killed agent's inbox is empty."""
+        self._inbox.append(what)
+        self._drain(self.incarnation)
+
+    def _drain(self, incarnation: Incarnation) -> None:
+        if incarnation != self.incarnation:
+            return
         if self._is_stopped():
-            incarnation = self.incarnation
-            self.world.at(
-                self.stopped_until_s, lambda: what() if self.is_alive and incarnation == self.incarnation else None
-            )
-        else:
+            self.world.at(self.stopped_until_s, lambda: self._drain(incarnation))
+            return
+        inbox, self._inbox = self._inbox, []
+        for what in inbox:
             what()
 
     def _sync(self, wire: Wire) -> None:
@@ -188,9 +195,8 @@ class Agent:
     # --- orders ------------------------------------------------------------------------------------------------------
 
     def receive(self, wire: Wire, message: Message) -> None:
-        incarnation = self.incarnation
         if self.is_alive:
-            self._when_awake(lambda: self._obey(wire, message) if incarnation == self.incarnation else None)
+            self._when_awake(lambda: self._obey(wire, message))
 
     def _obey(self, wire: Wire, message: Message) -> None:
         if isinstance(message, StartAttempts):

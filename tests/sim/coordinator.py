@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -63,6 +64,7 @@ class Coordinator:
         self._check_replay(records)
         self.disk.replace(epoch, records)
         self.is_up = True
+        self._dropping: Counter[BlobId] = Counter()
         self._held, self._written, self._synced, self._is_syncing = [], 0, 0, False
         self._tick(self.life)
 
@@ -91,6 +93,7 @@ class Coordinator:
         self.is_up = False
         self.disk.crash(self.world.random.randint(0, len(self.disk.unsynced)))
         self._inbox.clear()
+        self.stalled_until_s = 0.0
         connections = [*self._agents.values(), *self._clients.values()]
         self._agents.clear()
         self._clients.clear()
@@ -162,10 +165,10 @@ class Coordinator:
             self.world.after(0.5, lambda: self._tick(life))
 
     def handle(self, event: events.Event) -> None:
+        if not self.is_up:
+            return
         if self._is_stalled():
             self._inbox.append(lambda: self.handle(event))
-            return
-        if not self.is_up:
             return
         self.history.steps += 1
         self.blobs |= blobs_of(event)
@@ -177,6 +180,8 @@ class Coordinator:
                 records.append(effect.record)
             elif getattr(effect, "after", "now") == "durable":
                 durable.append(effect)
+                if isinstance(effect, effects.DropBlobs):
+                    self._dropping.update(effect.blobs)
             else:
                 now.append(effect)
         if records or self.history.steps % 8 == 0:
@@ -231,7 +236,9 @@ class Coordinator:
                         _, wire, peer = entry
                         wire.cut([partial(peer.closed, wire)])
                 case effects.DropBlobs():
-                    self.blobs -= {blob for blob in effect.blobs if not is_blob_needed(self.state, blob)}
+                    self._dropping.subtract(effect.blobs)
+                    unused = {blob for blob in effect.blobs if not self._dropping[blob]}
+                    self.blobs -= {blob for blob in unused if not is_blob_needed(self.state, blob)}
                 case _:
                     pass
 

@@ -143,7 +143,8 @@ class Simulation:
         if not world.run(world.now_s + PEACE_S, self._is_over):
             raise Violation(f"not all came to an end: {self._unfinished()}")
         world.run(world.now_s + SETTLE_S, lambda: not any(self._kept(agent) for agent in self.agents))
-        self.coordinator.check_journal()
+        if self.coordinator.is_up:
+            self.coordinator.check_journal()
         self._judge()
         return self.history
 

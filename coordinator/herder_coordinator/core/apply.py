@@ -651,7 +651,10 @@ def _apply_restored(
         case records.DependencyKept():
             state.restored_values[record.job, record.index] = record.value
         case records.CancelKept():
-            cancel_tasks(state.jobs[record.job], record.indices, record.running)
+            for index in record.indices:
+                task = state.jobs[record.job].tasks[index]
+                task.cancel = record.running
+                task.cancel_pending = True
         case records.JobSummarized():
             summarize(state, record.info)
         case _:

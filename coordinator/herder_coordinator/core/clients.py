@@ -303,6 +303,9 @@ def sweep(turn: Turn) -> None:
     for job in list(turn.state.jobs.values()):
         if job.cancelled and job.ended < job.count:
             cancel(turn, job, None, running=True)
+        for task in list(job.tasks.values()):
+            if task.cancel_pending and task.node is None:
+                end_cancelled(turn, job, task.index)
 
 
 def set_grace(state: State) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -87,6 +87,8 @@ class CoreLoop:
         self._appended = 0
         self._done = 0
         self._held: deque[tuple[int, list[Effect]]] = deque()
+        #: How many held orders there are to drop each blob.
+        self._dropping: Counter[BlobId] = Counter()
         self._append_times_s: deque[tuple[int, float]] = deque()
         #: Written by the journal's thread, emptied in the loop's.
         self._commits: deque[tuple[int, float]] = deque()
@@ -188,6 +190,8 @@ class CoreLoop:
                 records.append(effect.record)
             elif getattr(effect, "after", "now") == "durable":
                 durable.append(effect)
+                if type(effect) is DropBlobs:
+                    self._dropping.update(effect.blobs)
             else:
                 now.append(effect)
         if records:
@@ -220,7 +224,7 @@ class CoreLoop:
                 case DropAgent():
                     outlets.drop_agent(effect.node, effect.session, effect.reason)
                 case DropBlobs():
-                    outlets.drop_blobs(effect.blobs)
+                    outlets.drop_blobs(self._droppable(effect.blobs))
                 case Persist():
                     raise AssertionError("a record is appended, not carried out")
         for client, messages in to_clients.items():
@@ -229,6 +233,15 @@ class CoreLoop:
         for (node, session), messages in to_agents.items():
             for message in coalesce(messages):
                 outlets.send_to_agent(node, session, message)
+
+    def _droppable(self, blobs: tuple[BlobId, ...]) -> tuple[BlobId, ...]:
+        """Those whose last order this is: if a task used the blob again in between and ended, the disk may not know of
+        that end yet, and the order which follows from it is still held."""
+        self._dropping.subtract(blobs)
+        last = tuple(blob for blob in blobs if self._dropping[blob] <= 0)
+        for blob in last:
+            del self._dropping[blob]
+        return last
 
     # --- time --------------------------------------------------------------------------------------------------------
 
