@@ -1,16 +1,14 @@
-"""Real libraries in a template: OpenMP and BLAS threads, random streams, other interpreters."""
+"""Native threads: OpenMP's and BLAS's, whose they are and what is done about them."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import pytest
 
 from agent.template import driver
-from support import interpreters
 
 pytest.importorskip("sklearn")
 
@@ -69,42 +67,6 @@ def test_openmp_left_running_is_found_when_it_cannot_be_ended() -> None:
     assert "OMP_NUM_THREADS=1" in answer["message"]
 
 
-@pytest.fixture(scope="module")
-def numpy_for_all() -> Any:
-    with driver.ready(preload=["numpy"]) as running:
-        yield running
-
-
-@pytest.fixture
-def numpy_template(numpy_for_all: driver.Template) -> Any:
-    """A template that has imported numpy."""
-    yield numpy_for_all
-    numpy_for_all.drop_children()
-
-
-def _draw() -> tuple[float, float]:
-    import random
-
-    import numpy as np
-
-    return random.random(), float(np.random.random())
-
-
-def test_no_two_children_share_a_random_stream(numpy_template: driver.Template) -> None:
-    drawn = [numpy_template.fork().run(_draw) for _ in range(4)]
-    assert len({first for first, _ in drawn}) == 4
-    assert len({second for _, second in drawn}) == 4
-
-
-def test_a_seed_gives_equal_streams_for_a_task_and_others_for_the_next(numpy_template: driver.Template) -> None:
-    first = numpy_template.fork().run(_draw, seed=1, index=5)
-    again = numpy_template.fork().run(_draw, seed=1, index=5, ordinal=2)
-    neighbour = numpy_template.fork().run(_draw, seed=1, index=6)
-    other = numpy_template.fork().run(_draw, seed=2, index=5)
-    assert first == again
-    assert len({first, neighbour, other}) == 3
-
-
 def test_blas_threads_are_gone_at_the_fork_and_may_be_raised_in_a_child() -> None:
     def setup() -> Any:
         import numpy as np
@@ -124,30 +86,3 @@ def test_blas_threads_are_gone_at_the_fork_and_may_be_raised_in_a_child() -> Non
         total, threads = running.fork().run(multiply, threads=2)
         assert total == 300.0**3
         assert threads == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_other_interpreters_without_herder_installed(version: str, tmp_path: Path) -> None:
-    python = str(interpreters.require(version))
-    (tmp_path / "users_module.py").write_text(
-        "import os\ndef setup():\n    return 'value'\ndef look():\n    import herder, sys\n"
-        "    return herder.shared(), herder.task().id, '%d.%d' % sys.version_info[:2]\n"
-        "def fail():\n    raise ValueError('as itself')\n"
-    )
-    options: dict[str, Any] = {"paths": [str(tmp_path)], "setup_import": "users_module:setup", "max_tasks_per_child": 0}
-    with driver.ready(python=python, **options) as running:
-        child = running.fork()
-        tag = running.ready["python"]
-        assert tag.startswith(f"{version}/")
-        look = b"cusers_module\nlook\n."
-        assert child.run(len, raw_function=look, raw_args=_NOTHING, python=tag) == ("value", "j0b.7", version)
-        child.send(len, raw_function=b"cusers_module\nfail\n.", raw_args=_NOTHING, function_id="f2")
-        head, error = child.answer()
-        assert isinstance(error, ValueError)
-        assert "as itself" in head["traceback"]
-        child.send(len, python="2.7/1.0")
-        assert child.answer()[0]["cause"] == "version_mismatch"
-
-
-_NOTHING = b"((t}t."

@@ -1,29 +1,15 @@
-"""The bare template: fresh interpreters and commands, exec'd and reaped by it."""
+"""Commands, exec'd and reaped by the bare template."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.template import driver
-
-
-@pytest.fixture(scope="module")
-def one_for_all() -> Iterator[driver.Template]:
-    with driver.ready(spawner=True) as running:
-        yield running
-
-
-@pytest.fixture
-def spawner(one_for_all: driver.Template) -> Iterator[driver.Template]:
-    """The node's spawner."""
-    yield one_for_all
-    one_for_all.drop_children()
 
 
 def _started(answer: driver.Child | driver.Head) -> driver.Child:
@@ -92,50 +78,3 @@ def test_command_is_killed_with_all_its_processes(spawner: driver.Template) -> N
     assert child.exited()["status"] == signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-
-
-def test_a_spawner_does_not_fork_tasks(spawner: driver.Template) -> None:
-    spawner.frames.send({"t": "fork", "n": 1, "children": [{"child": 999}]})
-    head, _ = spawner.frames.receive()
-    assert (head["t"], head["child"]) == ("fork_failed", 999)
-
-
-def test_fresh_interpreter_preloads_runs_setup_and_then_tasks(spawner: driver.Template) -> None:
-    def setup() -> int:
-        return os.getpid()
-
-    def look() -> tuple[int, int, bool]:
-        import sys
-
-        import herder
-
-        return herder.shared(), os.getpid(), "decimal" in sys.modules
-
-    import cloudpickle
-
-    child = spawner.fresh()
-    workload = {"preload": ["decimal"], "max_tasks_per_child": 2, "setup_name": "setup"}
-    head = {"t": "open", "workload": workload, "cloudpickle_path": driver.CLOUDPICKLE_PATH}
-    child.task_socket.send(head, cloudpickle.dumps(setup))
-    answer, _ = child.task_socket.receive()
-    assert answer["t"] == "idle"
-    assert answer["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}/")
-    assert child.run(look) == (child.pid, child.pid, True)
-    assert child.run(look, job="other") == (child.pid, child.pid, True)
-    assert child.exited()["status"] == 0
-
-
-def test_fresh_interpreter_whose_setup_raises_says_failed(spawner: driver.Template) -> None:
-    child = spawner.fresh()
-    workload = {"preload": ["no_such_module_anywhere"]}
-    child.task_socket.send({"t": "open", "workload": workload, "cloudpickle_path": driver.CLOUDPICKLE_PATH})
-    answer, _ = child.task_socket.receive()
-    assert (answer["t"], answer["cause"]) == ("failed", "setup_failed")
-    assert child.exited()["status"] == 0
-
-
-def test_a_spawner_imports_little() -> None:
-    with driver.ready(spawner=True) as running:
-        maps = Path(f"/proc/{running.process.pid}/maps").read_text()
-        assert "_pickle" not in maps
-        assert running.ready["start_s"] < 2

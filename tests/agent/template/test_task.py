@@ -1,0 +1,120 @@
+"""One task: what is set for it, how its arguments and results travel, its random streams."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from agent.template import driver
+
+pytest.importorskip("numpy")
+
+# Nobody but this process can import a test module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def test_usage_is_this_tasks_own(bare: driver.Template) -> None:
+    def burn() -> None:
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+
+    child = bare.fork()
+    child.send(burn)
+    head, _ = child.answer()
+    assert 0.03 <= head["utime"] + head["stime"] <= 0.5
+    assert head["wall"] >= 0.04
+
+
+def test_limits_affinity_environment_and_scratch_are_set(bare: driver.Template) -> None:
+    def look() -> Any:
+        import resource
+
+        import herder
+
+        seen = herder.task()
+        limit = resource.getrlimit(resource.RLIMIT_CORE)
+        environment = os.environ["COLOUR"], os.environ["OMP_NUM_THREADS"]
+        return limit, sorted(os.sched_getaffinity(0)), environment, seen.id, seen.attempt, seen.node, seen.scratch
+
+    cpu = min(os.sched_getaffinity(0))
+    options = {"limits": {"RLIMIT_CORE": [0, 0]}, "cpus": [cpu], "env": {"COLOUR": "red"}, "threads": 2}
+    child = bare.fork()
+    found = child.run(look, **options, scratch="/tmp", ordinal=2)
+    assert found == ((0, 0), [cpu], ("red", "2"), "j0b.7", 2, "here", "/tmp")
+
+
+def test_memory_limit_is_a_memory_error_of_the_task_alone(bare: driver.Template) -> None:
+    child = bare.fork()
+    child.send(lambda: len(bytearray(1 << 30)), limits={"RLIMIT_AS": [1 << 29, 1 << 29]})
+    head, error = child.answer()
+    assert head["cause"] == "exception"
+    assert isinstance(error, MemoryError)
+
+
+def test_large_arguments_and_results_travel_as_memory_files(bare: driver.Template) -> None:
+    child = bare.fork()
+    child.send(lambda content: content * 2, b"x" * 200_000, as_fds=("args",))
+    head, value = child.answer()
+    assert head["blob"]
+    assert value == b"x" * 400_000
+
+
+def test_dependencies_are_found_by_pickled_arguments(bare: driver.Template) -> None:
+
+    class Reference:
+        def __reduce__(self) -> Any:
+            return _dependency, ("j0b", 3)
+
+    # What the client's pickler writes: a call of _herder_task.dependency, a module that it does not have itself.
+    raw = pickle.dumps(((Reference(),), {}), 0).replace(
+        f"c{__name__}\n_dependency".encode(), b"c_herder_task\ndependency"
+    )
+    child = bare.fork()
+    assert child.run(lambda value: value + 1, raw_args=raw, extra={"dep:j0b:3": pickle.dumps(41)}) == 42
+
+
+def _dependency(job: str, index: int) -> None:
+    """Stands in a pickle for `_herder_task.dependency`."""
+
+
+@pytest.fixture(scope="module")
+def numpy_for_all() -> Any:
+    with driver.ready(preload=["numpy"]) as running:
+        yield running
+
+
+@pytest.fixture
+def numpy_template(numpy_for_all: driver.Template) -> Any:
+    """A template that has imported numpy."""
+    yield numpy_for_all
+    numpy_for_all.drop_children()
+
+
+def _draw() -> tuple[float, float]:
+    import random
+
+    import numpy as np
+
+    return random.random(), float(np.random.random())
+
+
+def test_no_two_children_share_a_random_stream(numpy_template: driver.Template) -> None:
+    drawn = [numpy_template.fork().run(_draw) for _ in range(4)]
+    assert len({first for first, _ in drawn}) == 4
+    assert len({second for _, second in drawn}) == 4
+
+
+def test_a_seed_gives_equal_streams_for_a_task_and_others_for_the_next(numpy_template: driver.Template) -> None:
+    first = numpy_template.fork().run(_draw, seed=1, index=5)
+    again = numpy_template.fork().run(_draw, seed=1, index=5, ordinal=2)
+    neighbour = numpy_template.fork().run(_draw, seed=1, index=6)
+    other = numpy_template.fork().run(_draw, seed=2, index=5)
+    assert first == again
+    assert len({first, neighbour, other}) == 3
