@@ -50,8 +50,8 @@ class DropAgent:
 
 @dataclass(frozen=True, slots=True)
 class DropBlobs:
-    """No task needs these blobs any more. When it is carried out, a blob is dropped only if `views.is_blob_needed`
-    still says no and no later `DropBlobs` of it waits: a task may have come meanwhile with the same bytes, and ended."""
+    """No task needs these blobs any more. When it is carried out, a blob is dropped only if `views.is_blob_needed` is
+    still false and no later `DropBlobs` of it waits: a task may have come meanwhile with the same bytes, and ended."""
 
     blobs: tuple[BlobId, ...]
     after: After = "durable"
