@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from . import failures, preload, system, task, wire
+from . import failures, preload, streams, system, task, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Plan:
         nowhere.close()
         self._unused.close()
         self.rehearsal = task.Rehearsal()
+        self.part_streams = streams.parting()
 
 
 def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
@@ -75,7 +76,7 @@ def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
         system.die_with(parent)
         system.become_subreaper()
         _take_descriptors(plan.kept, ends)
-        _after_fork()
+        _after_fork(plan)
         plan.channel.socket = ends[0]
         _replay(plan)
         plan.rehearsal.run(plan.runner)
@@ -208,7 +209,7 @@ def _reopen(kept: Kept) -> None:
     os.close(fd)
 
 
-def _after_fork() -> None:
+def _after_fork(plan: Plan) -> None:
     import gc
 
     gc.enable()
@@ -216,8 +217,7 @@ def _after_fork() -> None:
     if util is not None:
         sys.modules["multiprocessing.process"]._children.clear()
         util._run_after_forkers()
-    if "numpy.random" in sys.modules or "torch" in sys.modules:
-        task.reseed(int.from_bytes(os.urandom(8), "little"))
+    plan.part_streams()
 
 
 def _replay(plan: Plan) -> None:

@@ -57,6 +57,15 @@ def flush_c_stdio() -> None:
     _fflush(None)
 
 
+def write_memory(address: int, content: bytes) -> None:
+    """Overwrite this process's own memory."""
+    ctypes.memmove(address, content, len(content))
+
+
+def read_memory(address: int, length: int) -> bytes:
+    return ctypes.string_at(address, length)
+
+
 class Mapping:
     """A line of /proc/self/maps."""
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-from . import failures, system, wire
+from . import failures, streams, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Runner:
             self._redirect(bool(head.get("discard")))
         seed = head.get("seed")
         if seed is not None:
-            reseed(task_seed(seed, head.get("job", ""), head.get("index", 0)))
+            streams.seed_all(streams.task_seed(seed, head.get("job", ""), head.get("index", 0)))
 
     def _redirect(self, discard: bool) -> None:
         """Send stdout and stderr to nowhere, or back to the pipes."""
@@ -378,24 +378,6 @@ def _result_frame(content: bytes, used: dict[str, float]) -> bytes:
         f'"stime":{used["stime"]:.6f},"minflt":{used["minflt"]},"majflt":{used["majflt"]}}}'
     ).encode()
     return b"".join((wire.HEADER.pack(len(head), len(content)), head, content))
-
-
-def task_seed(seed: int, job: str, index: int) -> int:
-    """H(seed, task): equal for all attempts of a task, on any node and under any start method; 64 bits."""
-    from _blake2 import blake2b  # hashlib would bring OpenSSL along
-
-    digest = blake2b(f"{seed}/{job}/{index}".encode(), digest_size=8, person=b"herder-seed").digest()
-    return int.from_bytes(digest, "big")
-
-
-def reseed(seed: int) -> None:
-    """Give the module-wide random streams that exist in this process this seed."""
-    if "random" in sys.modules:
-        sys.modules["random"].seed(seed)
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed([seed & 0xFFFFFFFF, seed >> 32])
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
 
 def sealed_memfd(content: bytes) -> int:

@@ -1,4 +1,4 @@
-"""One task: what is set for it, how its arguments and results travel, its random streams."""
+"""One task: what is set for it, how its arguments and results travel."""
 
 from __future__ import annotations
 
@@ -82,39 +82,3 @@ def test_dependencies_are_found_by_pickled_arguments(bare: driver.Template) -> N
 
 def _dependency(job: str, index: int) -> None:
     """Stands in a pickle for `_herder_task.dependency`."""
-
-
-@pytest.fixture(scope="module")
-def numpy_for_all() -> Any:
-    with driver.ready(preload=["numpy"]) as running:
-        yield running
-
-
-@pytest.fixture
-def numpy_template(numpy_for_all: driver.Template) -> Any:
-    """A template that has imported numpy."""
-    yield numpy_for_all
-    numpy_for_all.drop_children()
-
-
-def _draw() -> tuple[float, float]:
-    import random
-
-    import numpy as np
-
-    return random.random(), float(np.random.random())
-
-
-def test_no_two_children_share_a_random_stream(numpy_template: driver.Template) -> None:
-    drawn = [numpy_template.fork().run(_draw) for _ in range(4)]
-    assert len({first for first, _ in drawn}) == 4
-    assert len({second for _, second in drawn}) == 4
-
-
-def test_a_seed_gives_equal_streams_for_a_task_and_others_for_the_next(numpy_template: driver.Template) -> None:
-    first = numpy_template.fork().run(_draw, seed=1, index=5)
-    again = numpy_template.fork().run(_draw, seed=1, index=5, ordinal=2)
-    neighbour = numpy_template.fork().run(_draw, seed=1, index=6)
-    other = numpy_template.fork().run(_draw, seed=2, index=5)
-    assert first == again
-    assert len({first, neighbour, other}) == 3

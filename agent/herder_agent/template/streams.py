@@ -1,0 +1,74 @@
+"""Random streams: no two children share one, and with a seed all attempts of a task do.
+
+`random` is seeded anew by CPython after each fork. numpy's module-wide generator is not, and seeding it as one would
+costs a child 150 page faults: a third of a whole task. So its state is overwritten in place with bytes of the
+system's entropy (any 624 words are a state of a Mersenne Twister), at an address that was found, and tried out, in
+the template. """
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import system
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_TWISTER_BYTES = 624 * 4
+
+
+def task_seed(seed: int, job: str, index: int) -> int:
+    """H(seed, task): equal for all attempts of a task, on any node and under any start method; 64 bits."""
+    from _blake2 import blake2b  # hashlib would bring OpenSSL along
+
+    digest = blake2b(f"{seed}/{job}/{index}".encode(), digest_size=8, person=b"herder-seed").digest()
+    return int.from_bytes(digest, "big")
+
+
+def seed_all(seed: int) -> None:
+    """Give the module-wide random streams that exist in this process this seed of 64 bits."""
+    if "random" in sys.modules:
+        sys.modules["random"].seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed([seed & 0xFFFFFFFF, seed >> 32])
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def parting() -> Callable[[], None]:
+    """What a forked child calls to have streams of its own. Made in the template, when all is loaded."""
+    if "torch" not in sys.modules:
+        if "numpy.random" not in sys.modules:
+            return _nothing
+        address = _twister_address(sys.modules["numpy.random"])
+        if address:
+            return lambda: system.write_memory(address, os.urandom(_TWISTER_BYTES))
+    return lambda: seed_all(int.from_bytes(os.urandom(8), "little"))
+
+
+def _nothing() -> None:
+    return None
+
+
+def _twister_address(module: Any) -> int:
+    """Where the state of numpy's module-wide generator lies; 0 where that is not to be relied upon."""
+    try:
+        # Half of a pair of normal deviates may be in store: it would come out of every child.
+        kind, key, position, _, _ = module.get_state()
+        module.set_state((kind, key, position, 0, 0.0))
+        generator = module.mtrand._rand._bit_generator
+        if kind != "MT19937" or type(generator) is not module.MT19937:
+            return 0
+        address = int(generator.ctypes.state_address)
+        pattern = os.urandom(_TWISTER_BYTES)
+        if system.read_memory(address, _TWISTER_BYTES) != key.tobytes():
+            return 0
+        system.write_memory(address, pattern)
+        is_where_we_think = bool(module.get_state()[1].tobytes() == pattern)
+        module.set_state((kind, key, position, 0, 0.0))
+    except (AttributeError, TypeError, ValueError):
+        return 0
+    return address if is_where_we_think else 0
