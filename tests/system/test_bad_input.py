@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import cloudpickle
 import pytest
@@ -103,7 +104,9 @@ def test_missing_module_names_it_and_the_cures(
 
 
 @pytest.mark.parametrize("start", ["auto", "fork", "fresh"])
-def test_setup_that_raises_fails_the_tasks_with_its_traceback(client: herder.Client, start: str) -> None:
+def test_setup_that_raises_fails_the_tasks_with_its_traceback(
+    client: herder.Client, start: Literal["auto", "fork", "fresh"]
+) -> None:
     def setup() -> None:
         raise RuntimeError("the data is not there")
 
@@ -252,7 +255,7 @@ def test_second_coordinator_on_the_same_folder_names_the_first(cluster: LocalClu
         timeout=WAIT_S,
         check=False,
     )
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert str(cluster.processes["coordinator"].pid) in done.stderr
     assert "Traceback" not in done.stderr
 
