@@ -3,7 +3,7 @@
 `random` is seeded anew by CPython after each fork. numpy's module-wide generator is not, and seeding it as one would
 costs a child 150 page faults: a third of a whole task. So its state is overwritten in place with bytes of the
 system's entropy (any 624 words are a state of a Mersenne Twister), at an address that was found, and tried out, in
-the template. """
+the template."""
 
 from __future__ import annotations
 
