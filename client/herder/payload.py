@@ -253,8 +253,10 @@ _MISSING = object()
 
 
 def _snapshot(function: types.FunctionType) -> list[_Check] | None:
-    """Everything that the pickle of `function` depends on, as checks that it is still the same; None: cannot be
-    told."""
+    """Checks that everything which the pickle of `function` depends on is unchanged; None: that cannot be told.
+
+    They hold no function, closure or module's names: a cached function must die as any other.
+    """
     checks: list[_Check] = []
     return checks if _watch_function(function, checks, set(), 0) else None
 
@@ -264,32 +266,26 @@ def _watch_function(function: types.FunctionType, checks: list[_Check], seen: se
         return True
     seen.add(id(function))
     module = sys.modules.get(function.__module__ or "")
-    if module is not None and module.__name__ != "__main__" and "." not in function.__qualname__:
-        names = vars(module)
-        name = function.__qualname__
-        if names.get(name) is function:
-            own = weakref.ref(function)
-            checks.append(lambda: names.get(name) is own())
-            return module.__name__ not in cloudpickle.list_registry_pickle_by_value()
+    if (
+        module is not None
+        and module.__name__ != "__main__"
+        and getattr(module, function.__qualname__, None) is function
+    ):
+        checks.append(_still_there(module.__name__, function.__qualname__, weakref.ref(function)))
+        return module.__name__ not in cloudpickle.list_registry_pickle_by_value()
     if depth >= _SNAPSHOT_DEPTH_MAX or function.__kwdefaults__ or set(vars(function)) - {OPTIONS_ATTRIBUTE}:
         return False
     if not all(type(value) in _PLAIN for value in function.__defaults__ or ()):
         return False
-    checks.append(_unchanged_function(function))
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            return False
-        if not _watch_value(value, checks, seen, depth):
-            return False
-        checks.append(_unchanged_cell(cell, value))
-    global_names = function.__globals__
-    for name in _global_names(function.__code__):
-        value = global_names.get(name, _MISSING)
+    try:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # an empty cell
+        return False
+    names = {name: function.__globals__.get(name, _MISSING) for name in _global_names(function.__code__)}
+    for value in (*cells, *names.values()):
         if value is not _MISSING and not _watch_value(value, checks, seen, depth):
             return False
-        checks.append(_unchanged_name(global_names, name, value))
+    checks.append(_unchanged(function, cells, names))
     return True
 
 
@@ -307,35 +303,40 @@ def _watch_value(value: Any, checks: list[_Check], seen: set[int], depth: int) -
     )
 
 
-def _unchanged_function(function: types.FunctionType) -> _Check:
+def _still_there(module: str, name: str, own: weakref.ref[types.FunctionType]) -> _Check:
+    return lambda: getattr(sys.modules.get(module), name, None) is own()
+
+
+def _unchanged(function: types.FunctionType, cells: list[Any], names: dict[str, Any]) -> _Check:
     own = weakref.ref(function)
-    code, defaults, kwdefaults = function.__code__, function.__defaults__, function.__kwdefaults__
+    code, defaults = function.__code__, function.__defaults__
+    kept_cells = [_weakly(value) for value in cells]
+    kept_names = [(name, _weakly(value)) for name, value in names.items()]
 
     def unchanged() -> bool:
         now = own()
-        return (
-            now is not None
-            and now.__code__ is code
-            and now.__defaults__ is defaults
-            and now.__kwdefaults__ is kwdefaults
-            and not (vars(now).keys() - {OPTIONS_ATTRIBUTE})
-        )
-
-    return unchanged
-
-
-def _unchanged_cell(cell: types.CellType, value: Any) -> _Check:
-    def unchanged() -> bool:
-        try:
-            return cell.cell_contents is value
-        except ValueError:
+        if now is None or now.__code__ is not code or now.__defaults__ is not defaults or now.__kwdefaults__:
             return False
+        if vars(now).keys() - {OPTIONS_ATTRIBUTE}:
+            return False
+        try:
+            for cell, kept in zip(now.__closure__ or (), kept_cells, strict=True):
+                if not _is_same(kept, cell.cell_contents):
+                    return False
+        except ValueError:  # emptied
+            return False
+        now_names = now.__globals__
+        return all(_is_same(kept, now_names.get(name, _MISSING)) for name, kept in kept_names)
 
     return unchanged
 
 
-def _unchanged_name(names: dict[str, Any], name: str, value: Any) -> _Check:
-    return lambda: names.get(name, _MISSING) is value
+def _weakly(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, types.FunctionType) else value
+
+
+def _is_same(kept: Any, now: Any) -> bool:
+    return (kept() if type(kept) is weakref.ref else kept) is now
 
 
 def _global_names(code: types.CodeType) -> set[str]:

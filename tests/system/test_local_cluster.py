@@ -92,14 +92,19 @@ def test_process_that_cannot_start_is_told_with_the_end_of_its_log(tmp_path: Pat
 def test_cluster_ends_with_the_process_that_made_it(tmp_path: Path) -> None:
     script = """
         import herder, os, signal
-        cluster = herder.LocalCluster(cores=1)
+        cluster = herder.LocalCluster(cores=1, state_dir="state")
         client = cluster.client()
         assert client.submit(abs, -1).result(30) == 1
         print(*(process.pid for process in cluster.processes.values()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr

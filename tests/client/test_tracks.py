@@ -1,0 +1,49 @@
+"""Events are acknowledged only as far as nobody needs what is before."""
+
+from __future__ import annotations
+
+from herder.jobs import Record
+from herder.tracks import Track
+from herder_shared.ids import JobId, WorkloadKey
+from herder_shared.wire.messages import JobSpec, WorkloadSpec
+
+SPEC = JobSpec(JobId("j"), "name", WorkloadSpec(WorkloadKey("w")))
+
+
+def test_held_ends_hold_back_the_acknowledgement() -> None:
+    track = Track(SPEC.job, Record("python"), SPEC)
+    track.cursor = 10
+    assert track.ackable == 10
+    track.held = {3: 4, 5: 7}
+    assert track.ackable == 4
+    del track.held[3]
+    assert track.ackable == 7
+
+
+def test_claims_are_counted() -> None:
+    track = Track(SPEC.job, Record("python"), SPEC)
+    track.claim(1)
+    track.claim(1)
+    assert not track.unclaim(1)
+    assert track.claims == {1: 1}
+    assert track.unclaim(1)
+    assert track.claims == {}
+    assert track.unclaim(1)
+
+
+def test_a_job_is_over_when_nothing_more_will_be_said_or_heard() -> None:
+    track = Track(SPEC.job, Record("python"), SPEC)
+    assert not track.is_over
+    track.closed_count = 0
+    assert track.is_over
+    track.unresolved_count = 1
+    assert not track.is_over
+    track.unresolved_count, track.cursor = 0, 1
+    assert not track.is_over
+    track.acked = 1
+    assert track.is_over
+
+
+def test_an_observed_job_is_not_ours() -> None:
+    assert Track(SPEC.job, Record("python"), None).is_observer
+    assert not Track(SPEC.job, Record("python"), SPEC).is_observer
