@@ -264,11 +264,11 @@ def run(config: AgentConfig) -> None:
     node = NodeName(config.node or own_peer(config.identity).name)
     lock = _lock(config.state_dir)
     try:
+        agent = Agent(config, node, cluster)
         _prepare_process()
         stale = reap.kill_stale(marker(Place(cluster, config.state_dir, {}), node))
         if stale:
             _log.warning("killed %d processes that an earlier agent left behind", stale)
-        agent = Agent(config, node, cluster)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(agent.run())
     finally:
