@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from herder.tracks import Track
     from herder_shared.wire.messages import JobInfo, NodeInfo, StatusInfo, WorkloadInfo
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 _COMMAND = msgspec.msgpack.Encoder()
@@ -89,7 +88,7 @@ class View(concurrent.futures.Executor):
         """
         return View(self._connection, self._base, {**self._given, **options}, self)
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run `fn(*args, **kwargs)` in a process of its own somewhere on the cluster.
 
         Futures of this client anywhere in the arguments are waited for there and replaced by their values. Waits here

@@ -45,7 +45,7 @@ def test_an_exception_does_not_keep_its_future(client: herder.Client) -> None:
 
 
 def test_a_result_is_unpickled_once_in_the_thread_that_asks(client: herder.Client) -> None:
-    future = client.submit(list, [1, 2])
+    future: Future[list[int]] = client.submit(list, [1, 2])
     assert future.result(10) is future.result()
     seen: list[object] = []
     threads = [threading.Thread(target=lambda: seen.append(future.result())) for _ in range(3)]

@@ -307,7 +307,7 @@ def test_the_cache_keeps_no_function_alive() -> None:
     f = by_value("def f(x): return f(x - 1) if x else ONE", ONE=1)
     assert run(cache, f, 3) == 1
     seen = weakref.ref(f)
-    f.__globals__.clear()  # type: ignore[attr-defined]
+    f.__globals__.clear()
     del f
     gc.collect()
     assert seen() is None

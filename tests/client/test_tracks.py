@@ -35,13 +35,18 @@ def test_a_job_is_over_when_nothing_more_will_be_said_or_heard() -> None:
     track = Track(SPEC.job, Record("python"), SPEC)
     assert not track.is_over
     track.closed_count = 0
-    assert track.is_over
-    track.unresolved_count = 1
-    assert not track.is_over
-    track.unresolved_count, track.cursor = 0, 1
-    assert not track.is_over
-    track.acked = 1
-    assert track.is_over
+    assert [track.is_over, _over_after(track, unresolved_count=1), _over_after(track, unresolved_count=0)] == [
+        True,
+        False,
+        True,
+    ]
+    assert [_over_after(track, cursor=1), _over_after(track, acked=1)] == [False, True]
+
+
+def _over_after(track: Track, **changes: int) -> bool:
+    for name, value in changes.items():
+        setattr(track, name, value)
+    return track.is_over
 
 
 def test_an_observed_job_is_not_ours() -> None:

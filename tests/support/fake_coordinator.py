@@ -118,7 +118,12 @@ class FakeCoordinator:
 
     def drop(self) -> None:
         """Break every link, without a word."""
-        self.call(lambda: [link.close() for link in self.links])
+
+        def close() -> None:
+            for link in self.links:
+                link.close()
+
+        self.call(close)
 
     def release(self) -> None:
         """Start what was held."""
@@ -132,7 +137,12 @@ class FakeCoordinator:
         self.call(start)
 
     def send(self, message: m.Message) -> None:
-        self.call(lambda: [link.send(message) for link in self.links])
+
+        def send() -> None:
+            for link in self.links:
+                link.send(message)
+
+        self.call(send)
 
     def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Wait until something that was received makes this true."""

@@ -204,10 +204,11 @@ def test_wait_and_as_completed_mixed_with_threads(client: herder.Client) -> None
 
 def test_first_completed_and_first_exception(client: herder.Client, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    slow, fast = client.submit(wait_for_file, str(gate)), client.submit(square, 1)
+    slow: concurrent.futures.Future[Any] = client.submit(wait_for_file, str(gate))
+    fast: concurrent.futures.Future[Any] = client.submit(square, 1)
     done, pending = concurrent.futures.wait([slow, fast], 30, return_when=concurrent.futures.FIRST_COMPLETED)
     assert (done, pending) == ({fast}, {slow})
-    failing = client.submit(int, "x")
+    failing: concurrent.futures.Future[Any] = client.submit(int, "x")
     done, _ = concurrent.futures.wait([slow, failing], 30, return_when=concurrent.futures.FIRST_EXCEPTION)
     assert done == {failing}
     gate.touch()
