@@ -8,7 +8,7 @@ none of the old one's, and a `Sync` lists all that there is.
 from __future__ import annotations
 
 from herder_coordinator.core import apply, events, lease, placement
-from herder_coordinator.core.ends import attempt_ended, lost, never_arrived
+from herder_coordinator.core.ends import attempt_ended, is_foreign, lost, never_arrived
 from herder_coordinator.core.state import Node, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared.ids import AttemptId, NodeName
@@ -102,7 +102,7 @@ def _keep(turn: Turn, node: Node, one: RunningAttempt) -> bool:
         return False
     task = job.tasks.get(one.index)
     if task is None or task.attempt != one.attempt or task.node is not node:
-        if task is not None and not _adoptable(task, one.attempt):
+        if is_foreign(state, node, task, one.attempt) or (task is not None and not _adoptable(task, one.attempt)):
             return False
         task = apply.task_of(state, job, one.index)
         assert task is not None

@@ -308,6 +308,8 @@ def _tell_dependants(state: State, key: TaskKey, end: TaskEnd) -> None:
         if end.outcome is Outcome.SUCCEEDED:
             _give_value(state, task, key, end.result or Payload())
         else:
+            assert task.values is not None
+            del task.values[key]
             task.broken = task.broken or key
         if not task.waiting or task.broken:
             state.loose.append(task)

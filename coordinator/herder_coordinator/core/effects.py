@@ -73,6 +73,7 @@ class Observe:
     task_duration    workload                    `values`: the user's code
     task_cpu         workload, mode user|system  CPU seconds in `value`
     allocated        workload                    core-seconds held in `value`
+    foreign_attempt  node                        count: it reported what cannot be its own
     node_up | node_lost | node_disconnected | node_drained   node, (reason)
     stalled                                      seconds by which deadlines were moved in `value`
     """

@@ -13,10 +13,10 @@ import msgspec
 
 from herder_coordinator.core import apply, placement, records
 from herder_coordinator.core.lease import loss_backoff_s, task_backoff_s
-from herder_coordinator.core.state import Job, Node, State, Task, TaskKey
+from herder_coordinator.core.state import NO_ATTEMPT, Job, Node, State, Task, TaskKey
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
-from herder_shared.ids import BlobId, NodeName, WorkloadKey, task_id
+from herder_shared.ids import AttemptId, BlobId, NodeName, WorkloadKey, task_id
 from herder_shared.states import INFRASTRUCTURE, AgentState, Cause, Outcome, TaskState
 from herder_shared.wire.messages import AttemptEnd, Drain, Failure, TaskEnd, Usage
 
@@ -48,7 +48,11 @@ def attempt_ended(turn: Turn, node: Node, end: AttemptEnd) -> None:
     job = state.jobs.get(end.job)
     if job is None or not 0 <= end.index < job.count or job.outcomes[end.index]:
         return
-    task = apply.task_of(state, job, end.index)
+    known = job.tasks.get(end.index)
+    if is_foreign(state, node, known, end.attempt):
+        turn.count("foreign_attempt", (("node", node.name),))
+        return
+    task = known or apply.task_of(state, job, end.index)
     assert task is not None
     if task.attempt == end.attempt and task.node is node:
         _note_start(turn, node, job, end)
@@ -67,6 +71,15 @@ def attempt_ended(turn: Turn, node: Node, end: AttemptEnd) -> None:
         # It was given up as lost, and here it is after all. The first terminal record wins.
         _supersede(turn, task)
         _terminal(turn, task, end)
+
+
+def is_foreign(state: State, node: Node, task: Task | None, attempt: AttemptId) -> bool:
+    """Whether this agent cannot have the attempt: it is another agent's, or this life, which has lost no record, never
+    made it."""
+    newest = task.attempt if task is not None else NO_ATTEMPT
+    if attempt > newest:
+        return attempt.epoch >= state.epoch
+    return attempt == newest and task is not None and task.node is not None and task.node is not node
 
 
 def _supersede(turn: Turn, task: Task) -> None:

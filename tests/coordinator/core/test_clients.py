@@ -1,0 +1,216 @@
+"""Clients ask, ask again, go and come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from herder_coordinator.core import events, records
+from herder_coordinator.core.effects import DropBlobs, Persist
+from herder_shared import limits
+from herder_shared.ids import BlobId, Incarnation, JobId
+from herder_shared.states import Outcome
+from herder_shared.wire.messages import CancelOk, Payload, SubmitOk, SubmitRefused, TaskItem, TasksEnded
+from support.core_lab import CLIENT, FUNCTION, JOB, Lab, item, job_spec, success, to_client, told_ends
+
+OTHER = Incarnation("client2")
+
+
+@pytest.fixture
+def lab() -> Lab:
+    lab = Lab()
+    lab.client()
+    lab.node()
+    return lab
+
+
+def end_all(lab: Lab, job: JobId = JOB) -> None:
+    for attempt, task in list(lab.state.nodes[next(iter(lab.state.nodes))].attempts.items()):
+        if task.job.id == job:
+            lab.ended(success(attempt, task.index, job))
+
+
+def test_what_is_said_again_is_acknowledged_again_and_exists_once(lab: Lab) -> None:
+    spec = lab.open()
+    lab.submit(3)
+    assert to_client(lab.do(events.JobOpened(CLIENT, spec))) == [SubmitOk(JOB, 3)]
+    assert to_client(lab.submit(3, first=0)) == [SubmitOk(JOB, 3)]
+    assert lab.state.jobs[JOB].count == 3
+    assert to_client(lab.submit(3, first=1)) == [SubmitOk(JOB, 4)]
+    assert lab.state.jobs[JOB].count == 4
+
+
+def test_a_gap_is_a_broken_protocol(lab: Lab) -> None:
+    lab.open()
+    (refused,) = to_client(lab.submit(1, first=5))
+    assert (refused.first, refused.error) == (5, "RemoteProtocolError")
+
+
+def test_an_unknown_job_takes_no_tasks(lab: Lab) -> None:
+    some = lab.do(events.TasksSubmitted(CLIENT, JOB, 0, FUNCTION, (item(),), ""))
+    assert [message.error for message in to_client(some)] == ["JobNotFound"]
+
+
+def test_a_closed_job_takes_no_more_tasks(lab: Lab) -> None:
+    lab.open()
+    lab.submit(1)
+    lab.do(events.JobClosed(CLIENT, JOB, 1))
+    assert [message.error for message in to_client(lab.submit(1))] == ["RemoteProtocolError"]
+
+
+def test_a_job_belongs_to_the_client_that_opened_it(lab: Lab) -> None:
+    lab.open()
+    lab.client(OTHER, owner="you", session=2)
+    assert to_client(lab.do(events.JobOpened(OTHER, job_spec())), OTHER)[0].error == "Unauthorized"
+    assert to_client(lab.submit(1, client=OTHER), OTHER)[0].error == "Unauthorized"
+    cancel = events.CancelRequested(OTHER, JOB, None, running=True)
+    assert to_client(lab.do(cancel), OTHER)[0].error == "Unauthorized"
+
+
+def test_another_client_of_the_same_owner_may_cancel(lab: Lab) -> None:
+    lab.open()
+    lab.client(OTHER, session=2)
+    assert to_client(lab.do(events.CancelRequested(OTHER, JOB, None, running=True)), OTHER) == [CancelOk(JOB, None)]
+    assert lab.state.jobs[JOB].cancelled
+
+
+def test_cancelling_what_is_unknown_is_fine(lab: Lab) -> None:
+    some = lab.do(events.CancelRequested(CLIENT, JobId("ghost"), (1,), running=True))
+    assert to_client(some) == [CancelOk(JobId("ghost"), (1,))]
+
+
+def test_tasks_that_come_after_their_job_was_cancelled_are_cancelled(lab: Lab) -> None:
+    lab.open()
+    lab.do(events.CancelRequested(CLIENT, JOB, None, running=True))
+    lab.submit(2)
+    assert lab.outcomes() == {0: Outcome.CANCELLED, 1: Outcome.CANCELLED}
+
+
+def test_too_many_tasks_are_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ARRAY_TASKS_MAX", 3)
+    lab.open()
+    assert [message.error for message in to_client(lab.submit(4))] == ["PayloadTooLarge"]
+
+
+def test_a_reconnected_client_is_told_from_its_cursor_on_and_nothing_before_it_asked(lab: Lab) -> None:
+    lab.open()
+    lab.submit(2)
+    lab.ended(success(lab.attempt(0), 0))
+    lab.do(events.ClientDisconnected(CLIENT, 1))
+    lab.client(session=2)
+    assert told_ends(lab.ended(success(lab.attempt(1), 1))) == []
+    (message,) = to_client(lab.do(events.Attached(CLIENT, JOB, 1)))
+    assert isinstance(message, TasksEnded)
+    assert (message.cursor, [end.index for end in message.ends]) == (1, [1])
+
+
+def test_a_client_that_does_not_know_that_its_job_was_opened_is_told_all(lab: Lab) -> None:
+    spec = lab.open()
+    lab.submit(1)
+    lab.ended(success(lab.attempt(0), 0))
+    lab.client(session=2)
+    assert [end.index for end in told_ends(lab.do(events.JobOpened(CLIENT, spec)))] == [0]
+
+
+def test_a_slow_client_is_sent_a_window_only_and_the_rest_as_it_acknowledges(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("herder_coordinator.core.turn.FEED_TASKS_MAX", 3)
+    lab.open()
+    lab.submit(5)
+    lab.do(events.CancelRequested(CLIENT, JOB, None, running=True))
+    end_all(lab)
+    job = lab.state.jobs[JOB]
+    assert job.cursor == 5
+    sent = job.feeds[CLIENT].sent
+    assert sent < 5
+    more = told_ends(lab.do(events.EventsAcked(CLIENT, JOB, sent)))
+    assert len(more) == 5 - sent
+
+
+def test_acknowledged_records_are_dropped_and_their_blobs_too_when_no_one_remembers_them(lab: Lab) -> None:
+    lab.open()
+    blob = BlobId("b1")
+    lab.submit(items=[TaskItem(Payload(b"", blob, 100_000))])
+    some = lab.ended(success(lab.attempt(0), 0))
+    assert DropBlobs((blob,)) in some
+    assert len(lab.state.jobs[JOB].ends) == 1
+    assert lab.do(events.EventsAcked(CLIENT, JOB, 1)) == [Persist(records.EventsAcked(JOB, 1))]
+    assert lab.state.jobs[JOB].ends == []
+    assert list(lab.state.recent) == [(JOB, 0)]
+
+
+def test_a_detached_job_keeps_its_records_and_outlives_its_client(lab: Lab) -> None:
+    lab.open(detached=True)
+    lab.submit(3)
+    end_all(lab)
+    lab.do(events.EventsAcked(CLIENT, JOB, 2))
+    lab.do(events.ClientLeft(CLIENT))
+    end_all(lab)
+    assert set(lab.outcomes().values()) == {Outcome.SUCCEEDED}
+    assert len(lab.state.jobs[JOB].ends) == 3
+    lab.client(OTHER, session=5)
+    ends = told_ends(lab.do(events.Attached(OTHER, JOB, 0)), OTHER)
+    assert sorted(end.index for end in ends) == [0, 1, 2]
+
+
+def test_a_client_that_says_goodbye_leaves_nothing_behind(lab: Lab) -> None:
+    lab.open()
+    lab.submit(4)
+    lab.do(events.ClientLeft(CLIENT))
+    assert sorted(lab.outcomes()) == [2, 3]
+    lab.pass_time(0.5)
+    end_all(lab)
+    lab.pass_time(1.0)
+    assert lab.state.jobs == {}
+    assert lab.state.clients == {}
+    assert lab.state.groups == {}
+
+
+def test_a_vanished_clients_jobs_are_cancelled_after_the_grace(lab: Lab) -> None:
+    lab.open()
+    lab.submit(4)
+    lab.do(events.ClientDisconnected(CLIENT, 1))
+    for _ in range(29):
+        lab.pass_time(2.0)
+        lab.heard()
+    assert lab.outcomes() == {}
+    lab.pass_time(2.5)
+    assert lab.outcomes() == {2: Outcome.CANCELLED, 3: Outcome.CANCELLED}
+
+
+def test_a_client_that_is_back_within_the_grace_keeps_its_jobs(lab: Lab) -> None:
+    lab.open()
+    lab.submit(4)
+    lab.do(events.ClientDisconnected(CLIENT, 1))
+    lab.pass_time(20.0)
+    lab.client(session=2)
+    lab.pass_time(8.0)
+    lab.heard()
+    lab.pass_time(8.0)
+    assert lab.outcomes() == {}
+
+
+def test_reading_a_job_whose_results_were_delivered_says_so(lab: Lab) -> None:
+    lab.open()
+    lab.submit(1)
+    end_all(lab)
+    lab.do(events.EventsAcked(CLIENT, JOB, 1))
+    lab.client(OTHER, session=2)
+    (refused,) = to_client(lab.do(events.Attached(OTHER, JOB, 0)), OTHER)
+    assert isinstance(refused, SubmitRefused)
+    assert refused.error == "DataLost"
+
+
+def test_attaching_to_an_unknown_job_says_so(lab: Lab) -> None:
+    (refused,) = to_client(lab.do(events.Attached(CLIENT, JobId("ghost"), 0)))
+    assert refused.error == "JobNotFound"
+
+
+def test_cancelling_20000_queued_tasks_is_one_step_with_bounded_records(lab: Lab) -> None:
+    lab.open()
+    lab.submit(20_000)
+    some = lab.do(events.CancelRequested(CLIENT, JOB, None, running=True))
+    batches = [effect.record for effect in some if isinstance(effect, Persist)]
+    ends = [record for record in batches if isinstance(record, records.TasksEnded)]
+    assert sum(len(record.ends) for record in ends) == 20_000 - 2
+    assert max(len(record.ends) for record in ends) <= limits.BATCH_TASKS_MAX
