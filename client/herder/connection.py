@@ -42,7 +42,7 @@ from herder.outbox import Batch, Cancel, Close, Open, Outbox
 from herder.payload import PYTHON_TAG
 from herder.tracks import Sink, Track
 from herder_shared import errors
-from herder_shared.errors import HerderError, JobNotFound, Unreachable
+from herder_shared.errors import HerderError, Unreachable
 from herder_shared.ids import ClusterId, Incarnation, JobId
 from herder_shared.limits import PROTOCOL_VERSION, UNACKED_SUBMIT_BYTES_MAX
 from herder_shared.states import Cause, Outcome
@@ -78,6 +78,8 @@ _log = logging.getLogger("herder")
 SILENT_LOSS_S = 5.0
 #: Acknowledgements of events are gathered for this long.
 _ACK_DELAY_S = 0.05
+#: ... or until there are this many of one job.
+_ACK_EVENTS_MAX = 2_000
 #: After a refusal which says that trying again may help.
 _SUBMIT_AGAIN_S = 1.0
 #: A query that is not answered in this time, connection or not, raises `Unreachable`.
@@ -508,7 +510,10 @@ class Connection:
                 ready.append((cursor, end))
         if ready:
             self._deliver(track, ready)
-        self._ack_soon()
+        if track.cursor - track.acked >= _ACK_EVENTS_MAX and track.ackable > track.acked:
+            self._ack()
+        else:
+            self._ack_soon()
 
     def _fetched(self, track: Track, cursor: int, end: TaskEnd, content: bytes | None) -> None:
         track.held.pop(end.index, None)
@@ -559,25 +564,29 @@ class Connection:
         track = self._tracks.get(message.job)
         if track is None:
             return
-        error = error_named(message.error, message.message)
+        if track.refused_from is not None and message.first > track.refused_from:
+            return  # it followed on what is to be submitted again, and will be with it
         if message.again:
             _log.warning("the coordinator asks to submit again: %s", message.message)
             assert self._loop is not None
-            self._loop.call_later(_SUBMIT_AGAIN_S, self._submit_again)
+            track.refused_from = message.first
+            self._loop.call_later(_SUBMIT_AGAIN_S, self._submit_again, track)
             return
+        error = error_named(message.error, message.message)
         dropped = self._outbox.forget(message.job)
+        first = min([message.first, *(batch.first for batch in dropped)])
         with self._changed:
             track.error = error
-            track.unresolved_count = 0
+            track.unresolved_count = max(0, track.unresolved_count - (track.submitted_count - first))
             track.closed_count = track.submitted_count
             self._changed.notify_all()
         self._acknowledged(dropped)
-        track.sink.lost(message.first, error)
-        if isinstance(error, JobNotFound) and track.is_observer:
-            self._tracks.pop(track.job, None)
+        track.sink.lost(first, error)
+        self._ack_soon()
         self._retire_if_done()
 
-    def _submit_again(self) -> None:
+    def _submit_again(self, track: Track) -> None:
+        track.refused_from = None
         self._outbox.rewind()
         self._flush()
 
@@ -597,14 +606,14 @@ class Connection:
             self._ack_timer = self._loop.call_later(_ACK_DELAY_S, self._ack)
 
     def _ack(self) -> None:
-        self._ack_timer = None
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
         if self._link is None:
             return  # `opened` sees to it
         self._flush()
         for track in list(self._tracks.values()):
             ackable = track.ackable
-            if track.is_observer:
-                continue
             if ackable != track.acked:
                 track.acked = ackable
                 self._link.send(AckEvents(track.job, ackable))

@@ -48,6 +48,7 @@ class Track:
         "is_detached",
         "is_observer",
         "job",
+        "refused_from",
         "sink",
         "spec",
         "submitted_count",
@@ -58,7 +59,7 @@ class Track:
         self.job = job
         self.sink = sink
         self.spec = spec
-        #: Follows a job that this connection did not submit: acknowledges nothing, holds nothing up.
+        #: Follows a job that this connection did not submit: nobody waits for its end when the client is shut down.
         self.is_observer = spec is None
         self.is_detached = spec is not None and spec.detached
         self.submitted_count = 0
@@ -66,6 +67,8 @@ class Track:
         self.closed_count: int | None = None
         #: Set when the coordinator takes no more tasks of this job.
         self.error: HerderError | None = None
+        #: Tasks from here on are to be submitted again in a moment.
+        self.refused_from: int | None = None
         #: The next event expected, and the one acknowledged last.
         self.cursor = 0
         self.acked = 0

@@ -418,6 +418,23 @@ def test_refused_submission_fails_its_futures_and_later_ones_use_a_new_job(
     assert other.job_id != future.job_id
 
 
+def test_submission_that_may_be_tried_again_is(
+    client: herder.Client, coordinator: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("herder.connection._SUBMIT_AGAIN_S", 0.05)
+    coordinator.silent = coordinator.hold = True
+    futures = [client.submit(square, i) for i in range(3)]
+    job = JobId(futures[0].job_id)
+    coordinator.until(lambda: job in coordinator.jobs and len(coordinator.jobs[job].tasks) == 3)
+    before = len(coordinator.said(m.SubmitTasks))
+    coordinator.silent = False
+    coordinator.send(m.SubmitRefused(job, 0, "DataLost", "a blob is not here", again=True))
+    coordinator.send(m.SubmitRefused(job, 1, "RemoteProtocolError", "only 0 before them"))
+    coordinator.until(lambda: len(coordinator.said(m.SubmitTasks)) > before)
+    coordinator.release()
+    assert [each.result(10) for each in futures] == [0, 1, 4]
+
+
 @pytest.mark.parametrize(
     ("cause", "cls"),
     [

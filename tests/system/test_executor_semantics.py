@@ -518,10 +518,15 @@ def test_shutdown_cancels_what_waits_and_never_kills_what_runs(cluster: herder.L
     running = [client.submit(wait_for_file, str(gate)) for _ in range(2)]
     assert wait_until(lambda: all(each.running() for each in running), 30)
     waiting = [client.submit(square, i) for i in range(10)]
-    timer = threading.Timer(0.3, gate.touch)
-    timer.start()
+
+    def open_gate_once_cancelled() -> None:
+        if wait_until(lambda: all(each.cancelled() for each in waiting), 30):
+            gate.touch()
+
+    thread = threading.Thread(target=open_gate_once_cancelled)
+    thread.start()
     client.shutdown(wait=True, cancel_futures=True)
-    timer.join()
+    thread.join()
     assert [each.result(0) for each in running] == [str(gate)] * 2
     assert all(each.cancelled() for each in waiting)
 
