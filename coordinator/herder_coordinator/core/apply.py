@@ -205,9 +205,9 @@ def add_tasks(
 def _add_pending(state: State, group: Group, count: int) -> None:
     group.pending += count
     if group.pending:
-        state.busy[group.key] = group
+        state.busy[group.number] = group
     else:
-        state.busy.pop(group.key, None)
+        state.busy.pop(group.number, None)
 
 
 def take(state: State, chunk: Chunk, offset: int) -> Task:

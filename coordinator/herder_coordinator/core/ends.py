@@ -219,14 +219,7 @@ def _terminal(turn: Turn, task: Task, end: AttemptEnd) -> None:
 
 def _note_end(turn: Turn, job: Job, task: Task, end: AttemptEnd, usage: Usage) -> None:
     workload = job.spec.workload
-    name = (("workload", workload.name),)
-    turn.count("task_ended", (*name, ("outcome", end.outcome.value)))
-    if usage.start_method:
-        turn.value("task_start", (("start_method", usage.start_method),), usage.start_s)
-        turn.value("task_duration", name, usage.wall_s)
-        turn.count("task_cpu", (*name, ("mode", "user")), usage.cpu_user_s)
-        turn.count("task_cpu", (*name, ("mode", "system")), usage.cpu_system_s)
-        turn.count("allocated", name, usage.core_s)
+    turn.note_end(workload.name, end.outcome, usage)
     cores = job.spec.options.cores
     hold_s = usage.core_s / cores if usage.core_s and cores > 0 else usage.start_s + usage.wall_s
     if hold_s > 0:
@@ -282,7 +275,7 @@ def end_cancelled(turn: Turn, job: Job, index: int) -> None:
     task = job.tasks.get(index)
     usage = Usage(attempt=task.ordinal if task is not None else 0)
     failure = Failure(cause=Cause.CANCELLED, message="cancelled before it was started")
-    turn.count("task_ended", (("workload", job.spec.workload.name), ("outcome", Outcome.CANCELLED.value)))
+    turn.note_end(job.spec.workload.name, Outcome.CANCELLED, usage)
     turn.end(job, TaskEnd(index, Outcome.CANCELLED, None, failure, usage))
 
 
@@ -294,8 +287,9 @@ def _end_if_cancelled(turn: Turn, task: Task) -> None:
 
 def end_failed(turn: Turn, job: Job, index: int, outcome: Outcome, failure: Failure) -> None:
     """End a task without an attempt for a reason that lies outside of it."""
-    turn.count("task_ended", (("workload", job.spec.workload.name), ("outcome", outcome.value)))
-    turn.end(job, TaskEnd(index, outcome, None, failure, Usage()))
+    usage = Usage()
+    turn.note_end(job.spec.workload.name, outcome, usage)
+    turn.end(job, TaskEnd(index, outcome, None, failure, usage))
 
 
 def settle_loose(turn: Turn) -> None:

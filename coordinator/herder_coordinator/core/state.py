@@ -311,8 +311,8 @@ class State:
     delayed: list[tuple[float, int, Task]] = field(default_factory=list)
     #: Tasks of which something changed that needs a decision before the step ends.
     loose: list[Task] = field(default_factory=list)
-    #: Groups with pending tasks, and nodes with something free: what a decision looks at.
-    busy: dict[GroupKey, Group] = field(default_factory=dict)
+    #: Groups with pending tasks by their number, and nodes with something free: what a decision looks at.
+    busy: dict[int, Group] = field(default_factory=dict)
     open_nodes: dict[NodeName, Node] = field(default_factory=dict)
     #: Nodes that may have room for look-ahead.
     hungry_nodes: dict[NodeName, Node] = field(default_factory=dict)
@@ -424,5 +424,5 @@ def _check_group(state: State, group: Group) -> None:
     chunks = sum(chunk.left for chunk in group.chunks)
     again = {id(task) for task in (*group.again, *group.careful) if task.queued}
     assert group.pending == chunks + len(again)
-    assert (group.key in state.busy) == (group.pending > 0)
+    assert (group.number in state.busy) == (group.pending > 0)
     assert group.jobs == sum(1 for job in state.jobs.values() if job.group is group) > 0

@@ -12,6 +12,7 @@ from herder_coordinator.core.effects import DropAgent, DropBlobs, Effect, Observ
 from herder_coordinator.core.state import Feed, Job, Node, State, Task
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
+from herder_shared.states import Outcome
 from herder_shared.wire.messages import (
     AckAttempts,
     AttemptStart,
@@ -27,6 +28,7 @@ from herder_shared.wire.messages import (
     TaskEnd,
     TasksEnded,
     TasksStarted,
+    Usage,
     WorkloadSpec,
 )
 
@@ -58,6 +60,7 @@ class Turn:
         self._starts: dict[tuple[NodeName, bool], tuple[Node, list[tuple[Task, AttemptStart]]]] = {}
         self._counts: dict[tuple[str, _Labels], float] = {}
         self._values: dict[tuple[str, _Labels], list[float]] = {}
+        self._noted: dict[tuple[str, Outcome, str], list[Usage]] = {}
 
     # --- changes of durable state ------------------------------------------------------------------------------------
 
@@ -142,6 +145,22 @@ class Turn:
     def value(self, kind: str, labels: _Labels, value: float) -> None:
         self._values.setdefault((kind, labels), []).append(value)
 
+    def note_end(self, workload: str, outcome: Outcome, usage: Usage) -> None:
+        """A task ended. What each of them used is summed up once at the end of the step."""
+        self._noted.setdefault((workload, outcome, usage.start_method), []).append(usage)
+
+    def _observe_ends(self) -> None:
+        for (workload, outcome, start_method), usages in self._noted.items():
+            name = (("workload", workload),)
+            self.count("task_ended", (*name, ("outcome", outcome.value)), float(len(usages)))
+            if start_method:
+                start_times = self._values.setdefault(("task_start", (("start_method", start_method),)), [])
+                start_times += [usage.start_s for usage in usages]
+                self._values.setdefault(("task_duration", name), []).extend(usage.wall_s for usage in usages)
+                self.count("task_cpu", (*name, ("mode", "user")), sum(usage.cpu_user_s for usage in usages))
+                self.count("task_cpu", (*name, ("mode", "system")), sum(usage.cpu_system_s for usage in usages))
+                self.count("allocated", name, sum(usage.core_s for usage in usages))
+
     # --- the end of the step -----------------------------------------------------------------------------------------
 
     def pump(self, job: Job, incarnation: Incarnation, feed: Feed) -> None:
@@ -166,6 +185,7 @@ class Turn:
     def finish(self) -> list[Effect]:
         """All effects of the step, in order."""
         self._drop_idle_functions()
+        self._observe_ends()
         for job, _, _ in self._ends.values():
             for incarnation, feed in job.feeds.items():
                 self.pump(job, incarnation, feed)
