@@ -18,9 +18,10 @@ import msgspec
 
 from herder.calls import Call, Dependencies, prepare_arguments, prepare_call, prepare_data
 from herder.connection import Connection, Endpoint
+from herder.feeding import Feeder, feed
 from herder.futures import Future, Submissions
 from herder.in_task import OPTIONS_ATTRIBUTE
-from herder.jobs import Feeder, Job, MapResults, Record, feed
+from herder.jobs import Job, MapResults, Record
 from herder.options import OPTION_NAMES, Options, check_options, unknown_keyword
 from herder.outcomes import Kind
 from herder.payload import DependencyEnded, FunctionCache, PickledFunction, function_name

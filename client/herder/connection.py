@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import concurrent.futures.thread  # its exit hook must be registered before ours: names are resolved in its threads
 import getpass
 import logging
 import os
 import secrets
 import socket
-import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +35,7 @@ import msgspec
 
 from herder import __version__
 from herder.fetches import Fetches
+from herder.lifetime import register
 from herder.outbox import Batch, Cancel, Close, Open, Outbox
 from herder.payload import PYTHON_TAG
 from herder.tracks import Sink, Track
@@ -147,7 +145,7 @@ class Connection:
         context = client_context(self.endpoint.identity)
         ready = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(context, ready), name="herder-client", daemon=True)
-        _register(self)
+        register(self)
         self._thread.start()
         ready.wait()
         try:
@@ -740,37 +738,3 @@ def _owner() -> str:
     except (KeyError, OSError):  # no entry for this uid, as in many containers
         user = f"uid{os.getuid()}"
     return f"{user}@{socket.gethostname()}"
-
-
-# --- the process: forks and its end ----------------------------------------------------------------------------------
-
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-_is_registered = False
-
-
-def _register(connection: Connection) -> None:
-    global _is_registered
-    if not _is_registered:
-        _is_registered = True
-        os.register_at_fork(after_in_child=_disown_all)
-        # As concurrent.futures does: runs when the main thread has ended, before daemon threads are stopped.
-        threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
-    _connections.add(connection)
-
-
-def _disown_all() -> None:
-    for connection in list(_connections):
-        connection.disown()
-
-
-def _finish_all() -> None:
-    """The interpreter ends: wait for what was submitted. After Ctrl-C, or at one, cancel it instead."""
-    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
-    for connection in [each for each in _connections if not each.is_foreign]:
-        connection.refuse_new()
-        try:
-            if not interrupted:
-                connection.wait_settled()
-        except KeyboardInterrupt:
-            interrupted = True
-        connection.end(None)

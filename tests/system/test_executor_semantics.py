@@ -317,9 +317,11 @@ def test_cancelled_dependency_cancels(client: herder.Client, tmp_path: Path) -> 
 
 def test_map_is_lazy_with_a_buffersize_and_times_out(client: herder.Client, tmp_path: Path) -> None:
     assert list(client.map(square, range(20), buffersize=4)) == [i * i for i in range(20)]
-    results = client.map(wait_for_file, [str(tmp_path / "never")], timeout=0.1)
+    gate = tmp_path / "gate"
+    results = client.map(wait_for_file, [str(gate)], timeout=0.1)
     with pytest.raises(TimeoutError):
         next(results)
+    gate.touch()
 
 
 def test_array_of_thousands(client: herder.Client) -> None:
@@ -517,7 +519,7 @@ def test_shutdown_cancels_what_waits_and_never_kills_what_runs(cluster: herder.L
     client = cluster.client(cores=2)
     running = [client.submit(wait_for_file, str(gate)) for _ in range(2)]
     assert wait_until(lambda: all(each.running() for each in running), 30)
-    waiting = [client.submit(square, i) for i in range(10)]
+    waiting = [client.submit(str, running[i % 2]) for i in range(10)]
 
     def open_gate_once_cancelled() -> None:
         if wait_until(lambda: all(each.cancelled() for each in waiting), 30):
