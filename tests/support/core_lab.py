@@ -77,7 +77,8 @@ class Lab:
         for record in records:
             replay_record(self.state, record)
         finish_replay(self.state, self.now_s)
-        check_invariants(self.state)
+        if not self.state.loose:  # else the first step decides what a cut tail left open
+            check_invariants(self.state)
         self.records = snapshot(self.state)
 
     # --- peers -------------------------------------------------------------------------------------------------------

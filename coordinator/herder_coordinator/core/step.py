@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from herder_coordinator.core import agents, apply, clients, ends, events, lease, ready
+from herder_coordinator.core import agents, apply, clients, ends, events, lease, ready, replay
 from herder_coordinator.core.effects import Effect
 from herder_coordinator.core.lease import next_deadline_s
 from herder_coordinator.core.records import Record
@@ -109,7 +109,7 @@ def _tick(turn: Turn) -> None:
 
 def replay_record(state: State, record: Record) -> None:
     """Make true again what a record of the journal says. Oldest first."""
-    apply.apply(state, record)
+    replay.replay(state, record)
 
 
 def finish_replay(state: State, now_s: float) -> list[Effect]:
@@ -118,7 +118,7 @@ def finish_replay(state: State, now_s: float) -> list[Effect]:
     Returns nothing that must be persisted, so it may be called before or after the fresh snapshot is written.
     """
     state.now_s = now_s
-    apply.settle_loose(state)
+    replay.settle_loose(state)
     apply.forget_recent(state)
     state.restored_values.clear()
     state.unused.clear()
