@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -269,6 +270,9 @@ def run(config: AgentConfig) -> None:
         stale = reap.kill_stale(marker(Place(cluster, config.state_dir, {}), node))
         if stale:
             _log.warning("killed %d processes that an earlier agent left behind", stale)
+        # Hardly anything that is made per task is part of a cycle.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(agent.run())
     finally:

@@ -54,6 +54,8 @@ FORK_TRIES_MAX = 6
 FORK_RETRY_S = 0.05
 #: Forked children kept ready beyond the demand that is known: what a burst finds waiting.
 FORK_RESERVE = 4
+#: While children are idle no fewer than this are asked for at once: one message for several.
+FORK_BATCH = 3
 #: Fresh ones: each costs a whole interpreter, and is of use at the next task at the latest.
 FRESH_RESERVE = 1
 #: The start times' medians are reported after so many starts, and then every `_REPORT_EVERY`.
@@ -133,11 +135,22 @@ def settle(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> Non
     if pool.method == "command":
         _spawn_commands(state, pool, now_s, effects)
         return
+    has_handed_over = False
     while pool.waiting and pool.idle:
         attempt = pool.waiting.pop(next(iter(pool.waiting)))
-        _hand_over(state, pool.idle.pop(), attempt, now_s, effects)
+        # Of new children the oldest: it has had most time to warm up. Of used ones the last: it is in the caches.
+        child = pool.idle.pop(-1 if pool.workload.reuses else 0)
+        _hand_over(state, child, attempt, now_s, effects)
+        has_handed_over = True
+    if has_handed_over and pool.idle:
+        # The template is not kept busy forking just when it may have to reap: the pool is looked at again at the exit.
+        return
     missing = _missing(state, pool, now_s)
-    if missing <= 0 or now_s < pool.retry_s:
+    if (
+        missing <= 0
+        or (missing < FORK_BATCH and pool.method == "fork" and not pool.waiting and pool.idle)
+        or now_s < pool.retry_s
+    ):
         return
     if pool.method == "fork":
         template = need_template(state, pool.workload, now_s, effects)
@@ -164,6 +177,9 @@ def _missing(state: State, pool: Pool, now_s: float) -> int:
     limit = ceil(state.slots.total.cores)
     if workload.reuses:
         limit -= pool.busy
+    elif pool.method == "fork":
+        # While some run others are made, so that a slot never waits for a fork.
+        limit += FORK_RESERVE
     wanted = max(len(pool.waiting), min(limit, demand + reserve))
     return wanted - len(pool.idle) - pool.coming
 

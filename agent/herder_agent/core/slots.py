@@ -62,6 +62,11 @@ class Slots:
         total = Request(cores, memory_bytes, gpus, tuple(named.items()))
         return Slots(cores, memory_bytes, list(range(gpus)), named, total, free=free)
 
+    @property
+    def is_full(self) -> bool:
+        """No part of any core is free."""
+        return not self.free and not self.shares
+
     def could_ever(self, request: Request) -> bool:
         """Whether the node could hold `request` if it were empty."""
         named = dict(self.total.resources)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from herder_agent.core.account import Account
 from herder_agent.core.events import Answer, Exit
@@ -29,7 +29,7 @@ from herder_shared.wire.messages import (
 )
 
 
-class Phase(Enum):
+class Phase(StrEnum):
     """Where an attempt is."""
 
     #: Ordered; no slot yet.
@@ -112,7 +112,7 @@ class Attempt:
         return self.logs.stderr[-STDERR_TAIL_BYTES:].decode("utf-8", "replace")
 
 
-class ChildPhase(Enum):
+class ChildPhase(StrEnum):
     """Where a child is."""
 
     #: Asked for; not there yet.
@@ -138,7 +138,7 @@ class Child:
     tasks_done: int = 0
 
 
-class TemplateState(Enum):
+class TemplateState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     STOPPED = "stopped"
@@ -167,7 +167,7 @@ class Pool:
     #: "fork", "fresh" or "command".
     method: str
     waiting: dict[AttemptId, Attempt] = field(default_factory=dict)
-    #: The last one is used first: its pages are in the cache.
+    #: In the order in which they became idle.
     idle: list[Child] = field(default_factory=list)
     #: FORKING and WARMING ones.
     coming: int = 0

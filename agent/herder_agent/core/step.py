@@ -62,7 +62,7 @@ from herder_shared.wire.messages import AttemptEnd, Failure, Logs, RunningAttemp
 def step(state: State, event: Event, now_s: float) -> list[Effect]:
     """Take one event. `now_s` is monotonic and never decreases."""
     effects: list[Effect] = []
-    state.account.advance(now_s)
+    state.account.clock_s = now_s
     _take(state, event, now_s, effects)
     while state.queue or state.touched:
         _take_slots(state, now_s, effects)
@@ -103,6 +103,7 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
                 if (unwanted := state.attempts.get(attempt_id)) is not None:
                     stop(state, unwanted, Outcome.CANCELLED, event.grace_s, now_s, effects)
         case WorkWaitingHeard():
+            state.account.advance(now_s)
             state.account.work_waiting = event.waiting
         case MemorySeen():
             _memory_seen(state, event, effects)
@@ -130,11 +131,13 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
         case Disconnected():
             if event.session == state.session:
                 state.connected = False
+                state.account.advance(now_s)
                 state.account.work_waiting = False
         case JobsForgotten():
             for job in event.jobs:
                 state.jobs.pop(job, None)
         case Ticked():
+            state.account.advance(now_s)
             while state.deadlines and state.deadlines[0].at_s <= now_s:
                 _deadline_came(state, heappop(state.deadlines), now_s, effects)
         case _:
@@ -142,7 +145,7 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
 
 
 def _take_slots(state: State, now_s: float, effects: list[Effect]) -> None:
-    while state.queue:
+    while state.queue and not state.slots.is_full:
         attempt = next(iter(state.queue.values()))
         slot = state.slots.take(attempt.request)
         if slot is None:

@@ -174,6 +174,7 @@ class Channel(Generic[_T]):
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
         self._unsent_bytes = 0
         self._is_open = True
+        self._is_resting = False
         loop.add_reader(self._fd, self._readable)
 
     def send(self, head: dict[str, object], parts: Sequence[bytes] = (), descriptors: Sequence[int] = ()) -> None:
@@ -195,6 +196,17 @@ class Channel(Generic[_T]):
             self._keep(rest, [] if sent else [os.dup(fd) for fd in descriptors])
             self._loop.add_writer(self._fd, self._writable)
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether `rest` was called."""
+        return self._is_resting
+
+    def rest(self) -> None:
+        """Read no more, but in `drain`: the other end has said its last word, or will be heard of otherwise."""
+        if self._is_open and not self._is_resting:
+            self._is_resting = True
+            self._loop.remove_reader(self._fd)
+
     def drain(self) -> None:
         """Take all that has come; to be called when the other end is known to be dead."""
         while self._is_open and self._readable():
@@ -205,7 +217,8 @@ class Channel(Generic[_T]):
         if not self._is_open:
             return
         self._is_open = False
-        self._loop.remove_reader(self._fd)
+        if not self._is_resting:
+            self._loop.remove_reader(self._fd)
         if self._unsent:
             self._loop.remove_writer(self._fd)
         for _, fds in self._unsent:

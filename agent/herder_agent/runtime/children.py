@@ -37,6 +37,8 @@ _log = logging.getLogger("herder.agent")
 _BASELINE_EVERY = 64
 #: A child that runs this long gets its output read as it comes.
 _ATTACH_S = 0.02
+#: A task that took less cannot have touched memory worth a look.
+_UNSAMPLED_S = 0.002
 #: Results above it go to disk when very much waits for acknowledgement.
 _SMALL_BYTES = 4 * KIB
 
@@ -185,7 +187,7 @@ class Children:
         if child is None:
             return
         self._memory.remove(child.number)
-        if child.channel is not None:
+        if child.channel is not None and not child.channel.is_resting:
             child.channel.drain()
         child.drain_output()
         number = head.status & 0x7F
@@ -226,7 +228,7 @@ class Children:
                     head.stime,
                     head.minflt,
                     head.majflt,
-                    self._peak(child, head.peak),
+                    self._peak(child, head),
                 )
                 self._tell_answer(child, answer)
             case control.Idle():
@@ -244,7 +246,7 @@ class Children:
 
     def _answered(self, child: Child, head: control.Result, body: bytes, descriptors: list[int]) -> None:
         answer = Answer(
-            None, None, head.wall, head.utime, head.stime, head.minflt, head.majflt, self._peak(child, head.peak)
+            None, None, head.wall, head.utime, head.stime, head.minflt, head.majflt, self._peak(child, head)
         )
         if descriptors:
             fd = descriptors[0]
@@ -276,10 +278,14 @@ class Children:
         if child.reuses:
             child.drain_output()
             logs = child.take_logs()
+        elif child.channel is not None:
+            child.channel.rest()
         self._dispatch(events.ChildAnswered(child.number, answer, logs))
 
-    def _peak(self, child: Child, own: int) -> int:
-        return max(own, anon_bytes(child.pid) - child.baseline_bytes)
+    def _peak(self, child: Child, head: control.Result | control.Error) -> int:
+        if head.wall < _UNSAMPLED_S:
+            return head.peak
+        return max(head.peak, anon_bytes(child.pid) - child.baseline_bytes)
 
     # Results that go to disk first.
 

@@ -10,6 +10,7 @@ import pytest
 from herder_agent.core import effects as fx
 from herder_agent.core import events as ev
 from herder_agent.core.launchers import (
+    FORK_BATCH,
     FORK_RESERVE,
     FORK_TRIES_MAX,
     IDLE_CHILD_S,
@@ -109,17 +110,31 @@ def test_first_attempt_starts_the_template_and_holds_its_slot_meanwhile() -> Non
     assert machine.state.account.seconds[CoreState.START] == 2.0
 
 
-def test_ready_template_is_asked_for_as_many_children_as_there_are_slots() -> None:
+def test_ready_template_is_asked_for_what_is_demanded_and_a_reserve_at_once() -> None:
     machine = Machine()
     machine.order(1)
-    assert machine.ready() == [fx.ForkChildren(1, (1, 2))]
+    assert machine.ready() == [fx.ForkChildren(1, tuple(range(1, 1 + 1 + FORK_RESERVE)))]
 
 
-def test_idle_child_gets_the_attempt_and_another_is_asked_for() -> None:
+def test_idle_child_gets_the_attempt() -> None:
     machine = Machine()
     machine.order(1)
     machine.ready()
-    assert machine.forked(1) == [send(1, 1), fx.ForkChildren(1, (3,))]
+    assert machine.forked(1) == [send(1, 1)]
+
+
+def test_reserve_is_filled_again_after_an_exit_by_several_at_once() -> None:
+    machine = Machine().serving()
+    asked: list[fx.ForkChildren] = []
+    for child in range(1, 2 + FORK_BATCH):
+        if child > 1:
+            assert machine.order(child) == [send(child, child)]
+        machine.take(ev.ChildStarted(child))
+        machine.take(ev.ChildAnswered(child, ONE))
+        effects = machine.take(ev.ChildExited(child, CLEAN))
+        asked += [effect for effect in effects if isinstance(effect, fx.ForkChildren)]
+        machine.take(ev.LeftoversGone())
+    assert [len(each.children) for each in asked] == [FORK_BATCH]
 
 
 def test_attempt_ends_when_its_process_is_gone_and_nothing_is_left_of_it() -> None:
@@ -309,8 +324,7 @@ def test_template_that_dies_takes_its_children_and_is_rebuilt() -> None:
     assert machine.take(ev.TemplateExited(1)) == [
         fx.DropChild(1),
         fx.SweepLeftovers(),
-        fx.DropChild(2),
-        fx.DropChild(3),
+        *(fx.DropChild(child) for child in range(2, 2 + FORK_RESERVE)),
         fx.SweepLeftovers(),
         fx.StartTemplate(2, SPEC),
     ]
@@ -349,7 +363,7 @@ def test_fresh_workload_starts_no_template() -> None:
 
 def test_fresh_rerun_of_a_forking_workload_uses_an_interpreter() -> None:
     machine = Machine(cores=2).serving()
-    assert machine.order(2, start="fresh") == [fx.StartTemplate(2, None), fx.SpawnFresh(2, 4, SPEC)]
+    assert machine.order(2, start="fresh") == [fx.StartTemplate(2, None), fx.SpawnFresh(2, 2 + FORK_RESERVE, SPEC)]
 
 
 def test_fresh_interpreter_whose_setup_fails_counts_as_a_failed_start() -> None:
@@ -393,16 +407,15 @@ def test_command_whose_status_is_not_checked_succeeds() -> None:
 
 def test_fork_that_fails_is_tried_again_later_and_then_given_up() -> None:
     machine = Machine(cores=1)
+    machine.spec = WorkloadSpec(KEY, warm=0)
     machine.order(1)
-    machine.ready()
-    child = 1
-    for _ in range(FORK_TRIES_MAX - 1):
+    assert machine.ready() == [fx.ForkChildren(1, (1,))]
+    for child in range(1, FORK_TRIES_MAX):
         assert machine.take(ev.ChildForkFailed(child, "EAGAIN")) == []
         deadline_s = next_deadline_s(machine.state)
         assert deadline_s is not None
-        child += 1
-        assert machine.tick(deadline_s - machine.now_s) == [fx.ForkChildren(1, (child,))]
-    (end,) = ended(machine.take(ev.ChildForkFailed(child, "EAGAIN")))
+        assert machine.tick(deadline_s - machine.now_s) == [fx.ForkChildren(1, (child + 1,))]
+    (end,) = ended(machine.take(ev.ChildForkFailed(FORK_TRIES_MAX, "EAGAIN")))
     assert end.failure is not None
     assert end.failure.cause is Cause.START_FAILED
 
