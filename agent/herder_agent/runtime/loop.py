@@ -40,6 +40,9 @@ _log = logging.getLogger("herder.agent")
 
 #: A start is reported this much later, unless the end comes first.
 STARTED_DELAY_S = 0.005
+#: Ends are kept this long while attempts wait here, so that one message, and one acknowledgement, serves several. With
+#: nothing waiting they leave at once.
+_REPORT_DELAY_S = 0.002
 #: Leftovers that cannot be killed: looked at again later and later; given up, with a word, after so long.
 _SWEEP_RETRY_S = 0.001
 _SWEEP_RETRY_S_MAX = 0.5
@@ -89,8 +92,8 @@ class AgentLoop:
         self._is_stepping = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
-        self._is_flush_due = False
-        self._sweep_due = False
+        self._report_timer: asyncio.Handle | None = None
+        self._is_sweep_due = False
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._sweep_since_s = 0.0
         self._sweep_wait_s = _SWEEP_RETRY_S
@@ -134,12 +137,11 @@ class AgentLoop:
                 if self._started_timer is None:
                     self._started_timer = self.loop.call_later(STARTED_DELAY_S, self._flush_started)
             case fx.SweepLeftovers():
-                self._sweep_due = True
-                self._flush_soon()
+                self._sweep_soon()
             case fx.ReportEnd():
                 self._ends.append(effect.end)
                 self._held_bytes += size_of(effect.end)
-                self._flush_soon()
+                self._report_soon()
             case fx.ForkChildren():
                 orders = [{"child": child} for child in effect.children]
                 self._order(effect.template, {"t": "fork", "n": len(orders), "children": orders})
@@ -174,7 +176,7 @@ class AgentLoop:
                 self.connection.sync(effect.running, effect.ended)
             case fx.ReportWorkload():
                 self._workloads[effect.report.key] = effect.report
-                self._flush_soon()
+                self._report_soon()
 
     def is_crowded(self) -> bool:
         """So much waits for acknowledgement that further results belong on disk."""
@@ -203,19 +205,22 @@ class AgentLoop:
         self._timer = None
         self.dispatch(events.Ticked())
 
-    # Once a turn: what ended children left behind, then the reports.
+    # Reports: those of one turn of the loop together; while more attempts wait here than can run, of a few turns.
 
-    def _flush_soon(self) -> None:
-        if not self._is_flush_due:
-            self._is_flush_due = True
-            self.loop.call_soon(self._flush)
+    def _report_soon(self) -> None:
+        if self._report_timer is not None and (self.state.queue or not self._ends):
+            return
+        if self._report_timer is not None:
+            self._report_timer.cancel()
+        if self.state.queue:
+            self._report_timer = self.loop.call_later(_REPORT_DELAY_S, self._report)
+        else:
+            self._report_timer = self.loop.call_soon(self._report)
 
-    def _flush(self) -> None:
-        self._is_flush_due = False
+    def _report(self) -> None:
+        self._report_timer = None
         if self._is_closing:
             return
-        if self._sweep_due:
-            self._sweep()
         if self._started and self._ends:
             ended = {end.attempt for end in self._ends}
             self._started = [attempt for attempt in self._started if attempt not in ended]
@@ -228,26 +233,31 @@ class AgentLoop:
         started, self._started = self._started, []
         self.connection.report(started, [], [])
 
+    # What ended children left behind, once a turn.
+
+    def _sweep_soon(self) -> None:
+        if not self._is_sweep_due and self._sweep_timer is None:
+            self._is_sweep_due = True
+            self.loop.call_soon(self._sweep)
+
     def _sweep(self) -> None:
+        self._is_sweep_due = False
+        self._sweep_timer = None
+        if self._is_closing:
+            return
         left = self.reaper.sweep()
         now_s = time.monotonic()
         if left:
             self._sweep_since_s = self._sweep_since_s or now_s
             if now_s - self._sweep_since_s < _STUCK_S:
-                if self._sweep_timer is None:
-                    self._sweep_timer = self.loop.call_later(self._sweep_wait_s, self._sweep_again)
-                    self._sweep_wait_s = min(2 * self._sweep_wait_s, _SWEEP_RETRY_S_MAX)
+                self._sweep_timer = self.loop.call_later(self._sweep_wait_s, self._sweep)
+                self._sweep_wait_s = min(2 * self._sweep_wait_s, _SWEEP_RETRY_S_MAX)
                 return
             _log.error("processes that tasks left behind cannot be killed: %s", sorted(left))
             self.reaper.known |= left
-        self._sweep_due = False
         self._sweep_since_s = 0.0
         self._sweep_wait_s = _SWEEP_RETRY_S
         self.dispatch(events.LeftoversGone())
-
-    def _sweep_again(self) -> None:
-        self._sweep_timer = None
-        self._flush_soon()
 
     # Templates.
 
@@ -480,7 +490,7 @@ class AgentLoop:
             return
         self._is_closed = True
         self._is_closing = True
-        for timer in (self._timer, self._sweep_timer, self._started_timer):
+        for timer in (self._timer, self._sweep_timer, self._started_timer, self._report_timer):
             if timer is not None:
                 timer.cancel()
         self.environments.close()
