@@ -109,6 +109,7 @@ def run_fresh(fd: int) -> NoReturn:
             task.flush_all()
             channel.send({"t": "failed", **broken.head})
             os._exit(0)
+        task.C_STREAMS.settle()
         runner = task.Runner(seen, preload.python_tag(), preload.thread_controller())
         channel.send({"t": "idle", "python": runner.python})
         workload = opening.get("workload") or {}

@@ -55,6 +55,7 @@ def _settle_streams() -> None:
             # A task's line is in its pipe when it is written: it survives a crash, and can be followed.
             reconfigure(line_buffering=True, errors="backslashreplace")
     task.flush_all()
+    task.C_STREAMS.settle()
 
 
 def _kept(fd: int) -> child.Kept:

@@ -78,6 +78,10 @@ class Server:
         """Until the agent says so or is gone; then every child is killed."""
         control = self._channel.socket.fileno()
         try:
+            # Frames may have come together with `open`: no poll will tell of them.
+            if self._channel.has_frame() and not self._answer():
+                return
+            self._send_unsent()
             while True:
                 for fd, _ in self._poll.poll(0.05 if self._ended else -1):
                     if fd == control:
@@ -86,9 +90,7 @@ class Server:
                     elif fd in self._by_fd:
                         self._attend(fd, self._by_fd[fd])
                 self._settle_ended()
-                if self._unsent:
-                    self._channel.send_packed(b"".join(self._unsent))
-                    self._unsent.clear()
+                self._send_unsent()
         except (BrokenPipeError, ConnectionResetError, wire.BrokenFrame):
             return
         finally:
@@ -194,9 +196,7 @@ class Server:
         os.close(fd)
 
     def _announce(self, made: Child) -> None:
-        if self._unsent:
-            self._channel.send_packed(b"".join(self._unsent))
-            self._unsent.clear()
+        self._send_unsent()
         fds = [*made.fds, made.pidfd]
         self._channel.send({"t": "forked", "child": made.id, "pid": made.pid, "fds": len(fds)}, b"", fds)
         self._drop_ends(made)
@@ -293,6 +293,11 @@ class Server:
 
     def _send(self, head: dict[str, Any]) -> None:
         self._unsent.append(wire.pack(head))
+
+    def _send_unsent(self) -> None:
+        if self._unsent:
+            self._channel.send_packed(b"".join(self._unsent))
+            self._unsent.clear()
 
     def _log(self, level: str, text: str) -> None:
         self._send({"t": "log", "level": level, "text": text})

@@ -14,6 +14,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MADV_COLLAPSE = 25
 HUGE_PAGE_BYTES = 2 << 20
+#: Size of glibc's `FILE` on 64-bit machines; its layout is part of the ABI. The first words are its flags and pointers.
+_STREAM_BYTES = 216
 #: Badness added to a child, so that it dies of memory pressure before its template and the agent.
 CHILD_OOM_SCORE_ADJ = 500
 
@@ -53,8 +55,41 @@ def set_limit(name: str, soft: int, hard: int) -> None:
     resource.setrlimit(number, (soft, hard))
 
 
-def flush_c_stdio() -> None:
-    _fflush(None)
+class CStreams:
+    """C's stdio, flushed only where something may be in it: `fflush` costs a forked child page faults.
+
+    glibc links each stream that is opened to the front of a list whose last three are the standard ones, and writing
+    changes a stream's structure. As long as neither has happened here, there is nothing to flush. Once it has, or with
+    another C library, each `flush` is one.
+    """
+
+    def __init__(self) -> None:
+        self._watched: list[memoryview] = []
+        self._clean: list[bytes] = []
+
+    def settle(self) -> None:
+        """Flush; what is written from now on will be seen."""
+        _fflush(None)
+        self._watched = _stdio_memory()
+        self._clean = [memory.tobytes() for memory in self._watched]
+
+    def flush(self) -> None:
+        if self._watched and [memory.tobytes() for memory in self._watched] == self._clean:
+            return
+        self._watched = []
+        _fflush(None)
+
+
+def _stdio_memory() -> list[memoryview]:
+    """The head of glibc's list of streams, stdout and stderr; nothing where other streams are open."""
+    try:
+        out, err, front = (ctypes.c_void_p.in_dll(_libc, name) for name in ("stdout", "stderr", "_IO_list_all"))
+    except ValueError:
+        return []
+    if not out.value or not err.value or front.value != err.value:
+        return []
+    stream = ctypes.c_char * _STREAM_BYTES
+    return [memoryview(front), memoryview(stream.from_address(out.value)), memoryview(stream.from_address(err.value))]
 
 
 def write_memory(address: int, content: bytes) -> None:

@@ -57,8 +57,6 @@ class Runner:
         #: A threadpoolctl controller made in the template, where threadpoolctl is installed: sets native pools'
         #: threads.
         self.controller = controller
-        #: Output must be in its pipe before the answer is in its socket. A child of one task leaves C's to its end.
-        self.flush = flush_streams
         self.setup_error: dict[str, Any] | None = None
         self._functions: dict[str, Any] = {}
         #: What the environment says, where all of its variables agree.
@@ -97,7 +95,7 @@ class Runner:
         except SystemExit as ended:
             raise Exit(_exit_status(ended)) from None
         except failures.Refusal as refusal:
-            self.flush()
+            flush_all()
             head = {"t": "error", "cause": refusal.cause, "type": "", "message": str(refusal), "traceback": ""}
             cause = refusal.__cause__
             if cause is not None:
@@ -109,12 +107,12 @@ class Runner:
         except BaseException as raised:  # noqa: BLE001 - whatever the user's code raised is the task's outcome
             error = raised
         else:
-            self.flush()
+            flush_all()
             self._send_result(channel, answer, used)
             return
         finally:
             self.seen.leave()
-        self.flush()
+        flush_all()
         self._send_exception(channel, error, retry_on, used)
         del error  # its traceback holds this frame
 
@@ -127,7 +125,7 @@ class Runner:
         _result_frame(self._pickle(value), usage.stop())
         self._functions.clear()
         self.seen.leave()
-        self.flush()
+        flush_all()
 
     def restore(self) -> None:
         """Put back what a task may have left changed: folder, environment, umask, signal handlers, alarms."""
@@ -137,7 +135,6 @@ class Runner:
     def remember(self) -> None:
         """What `restore` restores is as it is now. Called by children that run more than one task."""
         self._baseline = Baseline()
-        self.flush = flush_all
 
     def _parts(self, channel: wire.Channel | None, head: dict[str, Any], body: memoryview) -> dict[str, Any]:
         parts: dict[str, Any] = {}
@@ -393,19 +390,14 @@ def sealed_memfd(content: bytes) -> int:
 
 
 def flush_all() -> None:
-    """Python's streams, then C's."""
-    flush_streams()
-    system.flush_c_stdio()
-
-
-def flush_streams() -> None:
-    """`sys.stdout` and `sys.stderr`."""
+    """Python's `sys.stdout` and `sys.stderr`, then C's streams. Output must be in its pipe before an answer is sent."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError, AttributeError):
             # Closed, replaced or set to None by the task: nothing of ours is in it.
             continue
+    C_STREAMS.flush()
 
 
 def _exit_status(ended: SystemExit) -> int:
@@ -443,3 +435,4 @@ def _mismatch(client: str, here: str) -> str:
 
 _NOTHING_USED = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0}
 _STARTED = wire.pack({"t": "started"})
+C_STREAMS = system.CStreams()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -54,6 +56,28 @@ def test_stdin_is_empty_and_output_goes_to_the_childs_own_pipes(bare: driver.Tem
     child = bare.fork()
     assert child.run(talk) == "/dev/null"
     assert child.output() == ("to stdout\nraw\n", "to stderr\n")
+
+
+def test_all_output_is_in_its_pipes_before_the_answer(bare: driver.Template) -> None:
+    def talk(fails: bool) -> None:
+        atexit.register(signal.pause)
+        sys.stdout.write("python's, ")
+        sys.stdout.flush()
+        ctypes.CDLL(None).printf(b"C's")
+        sys.stderr.write("no end of line")
+        if fails:
+            raise ValueError
+
+    for fails in (False, True):
+        child = bare.fork()
+        child.send(talk, fails)
+        assert child.answer()[0]["t"] == ("error" if fails else "result")
+        for fd in (child.out, child.err):
+            os.set_blocking(fd, False)
+        assert os.read(child.out, 100) == b"python's, C's"
+        assert os.read(child.err, 100) == b"no end of line"
+        bare.kill(child)
+        child.exited()
 
 
 def test_output_before_a_crash_is_not_lost(bare: driver.Template) -> None:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from agent.template import driver
+from herder_agent.template import wire
 
 
 def test_kill_reaches_descendants_in_sessions_of_their_own(bare: driver.Template) -> None:
@@ -92,3 +93,13 @@ def test_a_spawner_does_not_fork_tasks(spawner: driver.Template) -> None:
     spawner.frames.send({"t": "fork", "n": 1, "children": [{"child": 999}]})
     head, _ = spawner.frames.receive()
     assert (head["t"], head["child"]) == ("fork_failed", 999)
+
+
+def test_frames_that_came_together_with_open_are_answered() -> None:
+    running = driver.Template()
+    try:
+        frames = [{"t": "open", "spawner": True, "workload": {}}, {"t": "stats"}]
+        running.frames.socket.sendall(b"".join(wire.pack(frame) for frame in frames))
+        assert [running.frames.receive()[0]["t"] for _ in frames] == ["ready", "stats"]
+    finally:
+        running.close()
