@@ -64,7 +64,7 @@ def stop(  # noqa: PLR0917
     state: State, attempt: Attempt, why: Outcome, grace_s: float, now_s: float, effects: list[Effect]
 ) -> None:
     """End an attempt before its time. One without a child ends at once; a child gets SIGTERM, then SIGKILL."""
-    if attempt.phase in {Phase.QUEUED, Phase.FETCHING, Phase.WAITING}:
+    if not attempt.has_child:
         failure = Failure(Cause.CANCELLED, "cancelled before it started")
         end(state, attempt, why, failure, now_s, effects)
         return
@@ -84,7 +84,7 @@ def drop(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) ->
 def end(  # noqa: PLR0917
     state: State, attempt: Attempt, outcome: Outcome, failure: Failure | None, now_s: float, effects: list[Effect]
 ) -> None:
-    """Free what the attempt holds and report its end."""
+    """Free what the attempt holds and report its end, unless that was reported when its child answered."""
     _leave_collections(state, attempt)
     usage = _usage(state, attempt, now_s)
     if attempt.slot is not None:
@@ -94,8 +94,21 @@ def end(  # noqa: PLR0917
     del state.attempts[attempt.id]
     if attempt.blobs:
         effects.append(ReleaseBlobs(attempt.id))
-    if attempt.dropped:
-        return
+    if not attempt.dropped:
+        _report_end(state, attempt, outcome, failure, usage, effects)
+
+
+def report_answer(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
+    """Report the end of an attempt whose child has answered and still has to exit: the way down of a process is not on
+    the way of its result. The slot stays taken until the last of its processes is gone."""
+    outcome, failure = conclude(attempt)
+    _report_end(state, attempt, outcome, failure, _usage(state, attempt, now_s), effects)
+    attempt.dropped = True
+
+
+def _report_end(  # noqa: PLR0917
+    state: State, attempt: Attempt, outcome: Outcome, failure: Failure | None, usage: Usage, effects: list[Effect]
+) -> None:
     report = _report(attempt, outcome, failure, usage)
     state.ends[attempt.id] = report
     blob = report.result.blob if report.result is not None else None
@@ -135,16 +148,14 @@ def _report(attempt: Attempt, outcome: Outcome, failure: Failure | None, usage: 
 
 
 def _usage(state: State, attempt: Attempt, now_s: float) -> Usage:
-    """What it used. A forked one-task child's and a command's processor time and faults are `wait4`'s, which has what
-    came after the answer and what the child reaped; a fresh interpreter's and a reused child's are the child's own
-    differences, since `wait4` would count the imports, or the tasks before."""
+    """What it used. Who answered has measured itself, until the answer, with the processes that it reaped; else it is
+    `wait4` that knows (a command, a crash)."""
     answer, exit_ = attempt.answer, attempt.exit
     method = attempt.method
     wall_s = answer.wall_s if answer is not None else 0.0
     if answer is None and attempt.started_s:
         wall_s = (attempt.exited_s or now_s) - attempt.started_s
-    own = answer if answer is not None and (exit_ is None or method == "fresh" or attempt.workload.reuses) else None
-    account = own or exit_
+    account = answer or exit_
     return Usage(
         node=state.node,
         attempt=attempt.start.ordinal,

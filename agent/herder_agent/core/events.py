@@ -66,6 +66,8 @@ class AttemptsOrdered:
 class CancelOrdered:
     attempts: tuple[AttemptId, ...]
     grace_s: float
+    #: Only those that no child has been given.
+    waiting_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,11 @@ class Attempt:
         return self.start.attempt
 
     @property
+    def has_child(self) -> bool:
+        """A child was given it: from then on it may run."""
+        return self.phase not in {Phase.QUEUED, Phase.FETCHING, Phase.WAITING}
+
+    @property
     def is_command(self) -> bool:
         return self.method == "command"
 

@@ -11,7 +11,17 @@ from heapq import heappop
 from typing import assert_never
 
 from herder_agent.core import launchers
-from herder_agent.core.attempts import EXIT_GRACE_S, accept, add_deadline, conclude, drop, end, move, stop
+from herder_agent.core.attempts import (
+    EXIT_GRACE_S,
+    accept,
+    add_deadline,
+    conclude,
+    drop,
+    end,
+    move,
+    report_answer,
+    stop,
+)
 from herder_agent.core.effects import (
     DropChild,
     Effect,
@@ -100,7 +110,8 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
                 _forget(state, attempt_id, now_s, effects)
         case CancelOrdered():
             for attempt_id in event.attempts:
-                if (unwanted := state.attempts.get(attempt_id)) is not None:
+                unwanted = state.attempts.get(attempt_id)
+                if unwanted is not None and not (event.waiting_only and unwanted.has_child):
                     stop(state, unwanted, Outcome.CANCELLED, event.grace_s, now_s, effects)
         case WorkWaitingHeard():
             state.account.advance(now_s)
@@ -276,9 +287,10 @@ def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: l
     child.tasks_done += 1
     most = child.pool.workload.spec.max_tasks_per_child
     if attempt.ending is not None or (most and child.tasks_done >= most):
-        move(state, attempt, Phase.ANSWERED)
         if attempt.ending is None:
+            report_answer(state, attempt, now_s, effects)
             add_deadline(state, now_s + EXIT_GRACE_S, "kill", attempt.id)
+        move(state, attempt, Phase.ANSWERED)
         return
     outcome, failure = conclude(attempt)
     child.phase = ChildPhase.IDLE

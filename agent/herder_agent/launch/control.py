@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from herder_agent.launch.poller import Poller
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.limits import MIB
 from herder_shared.wire.messages import AuditFinding
@@ -154,13 +155,14 @@ class Channel(Generic[_T]):
     `received(head, body, descriptors)` and `closed(error)` are called in the loop; after `close` neither is.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
         decoder: msgspec.json.Decoder[_T],
         received: Callable[[_T, bytes, list[int]], None],
         closed: Callable[[RemoteProtocolError | None], None],
+        poller: Poller,
     ) -> None:
         sock.setblocking(False)
         self._loop = loop
@@ -175,7 +177,8 @@ class Channel(Generic[_T]):
         self._unsent_bytes = 0
         self._is_open = True
         self._is_resting = False
-        loop.add_reader(self._fd, self._readable)
+        self._poller = poller
+        poller.add(self._fd, self._readable)
 
     def send(self, head: dict[str, object], parts: Sequence[bytes] = (), descriptors: Sequence[int] = ()) -> None:
         """Send one frame soon. `descriptors` are duplicated where the frame must wait; they stay the caller's."""
@@ -205,7 +208,7 @@ class Channel(Generic[_T]):
         """Read no more, but in `drain`: the other end has said its last word, or will be heard of otherwise."""
         if self._is_open and not self._is_resting:
             self._is_resting = True
-            self._loop.remove_reader(self._fd)
+            self._poller.remove(self._fd)
 
     def drain(self) -> None:
         """Take all that has come; to be called when the other end is known to be dead."""
@@ -218,7 +221,7 @@ class Channel(Generic[_T]):
             return
         self._is_open = False
         if not self._is_resting:
-            self._loop.remove_reader(self._fd)
+            self._poller.remove(self._fd)
         if self._unsent:
             self._loop.remove_writer(self._fd)
         for _, fds in self._unsent:

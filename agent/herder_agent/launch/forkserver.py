@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from herder_agent.launch.control import Channel, FromTemplate, Ready, from_template
+from herder_agent.launch.poller import Poller
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.wire.messages import WorkloadSpec
 
@@ -72,6 +73,7 @@ class Template:
         spec: WorkloadSpec | None,
         *,
         loop: asyncio.AbstractEventLoop,
+        poller: Poller,
         received: Callable[[Template, FromTemplate, list[int]], None],
         exited: Callable[[Template, str], None],
     ) -> None:
@@ -83,6 +85,7 @@ class Template:
         self.baseline_bytes = 0
         self.baseline_age = 0
         self._loop = loop
+        self._poller = poller
         self._received = received
         self._exited = exited
         self._channel: Channel[FromTemplate] | None = None
@@ -129,7 +132,7 @@ class Template:
             theirs.close()
         self._pidfd = os.pidfd_open(self.pid)
         self._loop.add_reader(self._pidfd, self._ended)
-        self._channel = Channel(self._loop, ours, from_template, self._took, self._closed)
+        self._channel = Channel(self._loop, ours, from_template, self._took, self._closed, self._poller)
         setup = (self.spec.setup or b"") if self.spec is not None else b""
         self._channel.send(opening, [setup] if setup else [])
 

@@ -22,6 +22,7 @@ from herder_agent.launch import command, control
 from herder_agent.launch.child import Capture, Child, Kind
 from herder_agent.launch.control import Channel, Exited, Forked, FromChild
 from herder_agent.launch.forkserver import Template
+from herder_agent.launch.poller import Poller
 from herder_agent.runtime.blobs import BlobStore
 from herder_agent.runtime.memory import MemoryWatch
 from herder_agent.runtime.reap import anon_bytes, oom_kills
@@ -61,11 +62,13 @@ class Children:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        poller: Poller,
         store: BlobStore,
         dispatch: Callable[[events.Event], None],
         is_crowded: Callable[[], bool],
     ) -> None:
         self._loop = loop
+        self._poller = poller
         self._store = store
         self._dispatch = dispatch
         self._is_crowded = is_crowded
@@ -113,7 +116,7 @@ class Children:
         if kind != "command":
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors.pop(0))
             received, closed = partial(self._said, child), partial(self._closed, child)
-            child.channel = Channel(self._loop, sock, control.from_child, received, closed)
+            child.channel = Channel(self._loop, sock, control.from_child, received, closed, self._poller)
         out, err, child.pidfd = descriptors
         if kind == "command":
             sizes = (command.OUTPUT_HEAD_BYTES, command.OUTPUT_TAIL_BYTES)
@@ -274,11 +277,10 @@ class Children:
 
     def _tell_answer(self, child: Child, answer: Answer) -> None:
         self._memory.remove(child.number)
-        logs = None
-        if child.reuses:
-            child.drain_output()
-            logs = child.take_logs()
-        elif child.channel is not None:
+        # It has flushed before it answered.
+        child.drain_output()
+        logs = child.take_logs()
+        if not child.reuses and child.channel is not None:
             child.channel.rest()
         self._dispatch(events.ChildAnswered(child.number, answer, logs))
 

@@ -129,7 +129,7 @@ class Connection:
             case AckAttempts():
                 self._dispatch(events.AttemptsAcked(message.attempts))
             case CancelAttempts():
-                self._dispatch(events.CancelOrdered(message.attempts, message.grace_s))
+                self._dispatch(events.CancelOrdered(message.attempts, message.grace_s, message.waiting_only))
             case SyncOk():
                 if message.drop:
                     self._dispatch(events.AttemptsAcked(message.drop))

@@ -23,6 +23,7 @@ from herder_agent.core.state import State
 from herder_agent.core.step import next_deadline_s, step
 from herder_agent.launch import command, control, forkserver, fresh
 from herder_agent.launch.child import Child
+from herder_agent.launch.poller import Poller
 from herder_agent.metrics import Counts
 from herder_agent.runtime import host
 from herder_agent.runtime.blobs import BlobStore, FunctionCache
@@ -85,7 +86,8 @@ class AgentLoop:
         )
         self.exposition: Callable[[bool], tuple[bytes, str]] = lambda _openmetrics: (b"", "text/plain")
         self.environments = Environments(self.loop, place, state.node, self.reaper)
-        self.children = Children(self.loop, self.store, self.dispatch, self.is_crowded)
+        self.poller = Poller(self.loop)
+        self.children = Children(self.loop, self.poller, self.store, self.dispatch, self.is_crowded)
         self._cloudpickle = host.offer_cloudpickle(place.state_dir)
         self._templates: dict[int, forkserver.Template] = {}
         self._pending: deque[events.Event] = deque()
@@ -264,7 +266,12 @@ class AgentLoop:
     def _start_template(self, effect: fx.StartTemplate) -> None:
         spec = effect.workload
         template = forkserver.Template(
-            effect.template, spec, loop=self.loop, received=self._template_said, exited=self._template_exited
+            effect.template,
+            spec,
+            loop=self.loop,
+            poller=self.poller,
+            received=self._template_said,
+            exited=self._template_exited,
         )
         self._templates[effect.template] = template
 
@@ -509,6 +516,7 @@ class AgentLoop:
         except TimeoutError:
             self.end_now()
         self.children.close()
+        self.poller.close()
         self.connection.close()
         self.reaper.close()
 

@@ -137,21 +137,21 @@ def test_reserve_is_filled_again_after_an_exit_by_several_at_once() -> None:
     assert [len(each.children) for each in asked] == [FORK_BATCH]
 
 
-def test_attempt_ends_when_its_process_is_gone_and_nothing_is_left_of_it() -> None:
+def test_end_is_reported_with_the_answer_and_the_slot_is_held_until_nothing_is_left_of_the_process() -> None:
     machine = Machine()
     machine.order(1)
     machine.ready()
     machine.forked(1)
     assert machine.take(ev.ChildStarted(1), 0.5) == [fx.ReportStarted(ident(1))]
-    assert machine.take(ev.ChildAnswered(1, ONE), 1.0) == []
+    (end,) = ended(machine.take(ev.ChildAnswered(1, ONE), 1.0))
     assert machine.take(ev.ChildExited(1, CLEAN), 0.25) == [fx.SweepLeftovers()]
     assert machine.state.slots.used == 1
-    (end,) = ended(machine.take(ev.LeftoversGone(), 0.25))
+    assert machine.take(ev.LeftoversGone(), 0.25) == []
     assert (end.outcome, end.result) == (Outcome.SUCCEEDED, Payload(b"1", None, 1))
     assert end.usage.start_s == 0.5
     assert end.usage.wall_s == 0.5
-    assert (end.usage.cpu_user_s, end.usage.cpu_system_s) == (0.5, 0.125)
-    assert end.usage.core_s == 2.0
+    assert (end.usage.cpu_user_s, end.usage.cpu_system_s) == (0.25, 0.0)
+    assert end.usage.core_s == 1.5
     assert machine.state.slots.used == 0
     seconds = machine.state.account.seconds
     assert (seconds[CoreState.START], seconds[CoreState.TASK], seconds[CoreState.SYSTEM]) == (0.5, 1.0, 0.5)
@@ -167,8 +167,20 @@ def test_queued_attempts_take_slots_in_their_order() -> None:
     machine.take(ev.ChildAnswered(1, ONE))
     machine.forked(2)
     machine.take(ev.ChildExited(1, CLEAN))
-    effects = machine.take(ev.LeftoversGone())
-    assert effects[1] == send(2, 2)
+    assert machine.take(ev.LeftoversGone())[0] == send(2, 2)
+
+
+def test_answered_attempt_is_neither_reported_twice_nor_listed_as_running() -> None:
+    machine = Machine().serving()
+    machine.take(ev.ChildStarted(1))
+    (end,) = ended(machine.take(ev.ChildAnswered(1, ONE)))
+    assert machine.take(ev.Connected(2))[0] == fx.SendSync((), (end,))
+    machine.take(ev.AttemptsAcked((ident(1),)))
+    assert machine.take(ev.Connected(3))[0] == fx.SendSync((), ())
+    assert machine.state.slots.used == 1
+    machine.take(ev.ChildExited(1, CLEAN))
+    assert ended(machine.take(ev.LeftoversGone())) == []
+    assert machine.state.slots.used == 0
 
 
 def test_reused_child_gets_the_next_attempt_in_the_step_of_its_answer() -> None:
@@ -190,9 +202,9 @@ def test_child_is_replaced_after_the_tasks_that_it_may_run() -> None:
     machine.take(ev.ChildStarted(1))
     machine.take(ev.ChildAnswered(1, ONE))
     machine.take(ev.ChildStarted(1))
-    assert machine.take(ev.ChildAnswered(1, ONE)) == []
+    assert [type(e).__name__ for e in machine.take(ev.ChildAnswered(1, ONE))] == ["ReportEnd"]
     machine.take(ev.ChildExited(1, CLEAN))
-    assert [type(e).__name__ for e in machine.take(ev.LeftoversGone())] == ["ReportEnd"]
+    assert ended(machine.take(ev.LeftoversGone())) == []
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
@@ -230,11 +242,9 @@ def test_result_that_came_before_the_timeout_stands() -> None:
     machine = Machine(timeout_s=5.0)
     machine.serving()
     machine.take(ev.ChildStarted(1))
-    machine.take(ev.ChildAnswered(1, ONE), 4.0)
-    assert machine.tick(2.0) == []
-    machine.take(ev.ChildExited(1, CLEAN))
-    (end,) = ended(machine.take(ev.LeftoversGone()))
+    (end,) = ended(machine.take(ev.ChildAnswered(1, ONE), 4.0))
     assert end.outcome is Outcome.SUCCEEDED
+    assert machine.tick(2.0) == []
 
 
 def test_cancelled_attempt_ends_at_once_while_it_has_no_child() -> None:
@@ -246,6 +256,15 @@ def test_cancelled_attempt_ends_at_once_while_it_has_no_child() -> None:
         (ident(1), Outcome.CANCELLED),
     ]
     assert machine.state.slots.used == 0
+
+
+def test_cancelling_what_waits_leaves_alone_what_a_child_was_given() -> None:
+    machine = Machine(cores=1).serving()
+    machine.order(2)
+    (end,) = ended(machine.take(ev.CancelOrdered((ident(1), ident(2)), 2.0, waiting_only=True)))
+    assert (end.attempt, end.outcome) == (ident(2), Outcome.CANCELLED)
+    machine.take(ev.ChildStarted(1))
+    assert machine.take(ev.CancelOrdered((ident(1),), 2.0, waiting_only=True)) == []
 
 
 def test_cancelled_running_attempt_is_cancelled_whatever_it_answers_afterwards() -> None:
@@ -337,10 +356,10 @@ def test_template_that_dies_takes_its_children_and_is_rebuilt() -> None:
 def test_answer_that_came_before_the_template_died_stands() -> None:
     machine = Machine().serving()
     machine.take(ev.ChildStarted(1))
-    machine.take(ev.ChildAnswered(1, ONE))
-    machine.take(ev.TemplateExited(1))
-    (end,) = ended(machine.take(ev.LeftoversGone()))
+    (end,) = ended(machine.take(ev.ChildAnswered(1, ONE)))
     assert end.outcome is Outcome.SUCCEEDED
+    machine.take(ev.TemplateExited(1))
+    assert ended(machine.take(ev.LeftoversGone())) == []
 
 
 def test_audit_that_says_no_makes_the_workload_fresh() -> None:
@@ -512,9 +531,9 @@ def test_end_with_a_large_result_is_reported_when_the_result_is_uploaded() -> No
     blob = BlobId("b" * 40)
     machine = Machine().serving()
     machine.take(ev.ChildStarted(1))
-    machine.take(ev.ChildAnswered(1, ev.Answer(Payload(b"", blob, 100_000))))
+    assert fx.UploadBlob(blob) in machine.take(ev.ChildAnswered(1, ev.Answer(Payload(b"", blob, 100_000))))
     machine.take(ev.ChildExited(1, CLEAN))
-    assert fx.UploadBlob(blob) in machine.take(ev.LeftoversGone())
+    machine.take(ev.LeftoversGone())
     effects = machine.take(ev.Connected(2))
     assert effects[0] == fx.SendSync((RunningAttempt(ident(1), JOB, 1, True),), ())
     assert effects[1] == fx.UploadBlob(blob)

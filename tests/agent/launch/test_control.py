@@ -13,6 +13,7 @@ import pytest
 
 from herder_agent.launch import control
 from herder_agent.launch.control import Channel, FromTemplate
+from herder_agent.launch.poller import Poller
 from herder_shared.errors import RemoteProtocolError
 
 
@@ -31,7 +32,8 @@ class Pair:
         self.descriptors: list[int] = []
         self.closed: list[RemoteProtocolError | None] = []
         loop = asyncio.get_running_loop()
-        self.channel = Channel(loop, ours, control.from_template, self._received, self.closed.append)
+        self.poller = Poller(loop)
+        self.channel = Channel(loop, ours, control.from_template, self._received, self.closed.append, self.poller)
 
     def _received(self, head: FromTemplate, body: bytes, descriptors: list[int]) -> None:
         self.heads.append(head)
@@ -45,6 +47,7 @@ class Pair:
 
     def close(self) -> None:
         self.channel.close()
+        self.poller.close()
         self.peer.close()
         for fd in self.descriptors:
             os.close(fd)
