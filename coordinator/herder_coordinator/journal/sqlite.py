@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,10 @@ CREATE TABLE IF NOT EXISTS batches (seq INTEGER PRIMARY KEY, content BLOB NOT NU
 """
 
 
+#: Records, whom to call when they are durable, and when they came.
+_Batch = tuple[Sequence[Record], Callable[[float], None], float]
+
+
 class SqliteJournal:
     """See `interface.Journal`. Owns its connection, its lock and (from `begin` to `close`) one thread."""
 
@@ -60,8 +65,10 @@ class SqliteJournal:
         self._lock = lock
         self._last_seq = _scalar(connection, "SELECT coalesce(max(seq), 0) FROM batches")
         self.epoch = _scalar(connection, "SELECT coalesce(max(epoch), 0) FROM epochs") + 1
-        self._wake = threading.Condition()
-        self._queue: list[tuple[Sequence[Record], Callable[[float], None], float]] = []
+        #: What the writer reads; None is its last. A `SimpleQueue` wakes it with one futex, a `Condition` with three.
+        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        #: Guards the three below.
+        self._mutex = threading.Lock()
         self._is_closing = False
         self._failure: JournalError | None = None
         self._on_failure: Callable[[JournalError], None] | None = None
@@ -158,14 +165,12 @@ class SqliteJournal:
 
     def append(self, records: Sequence[Record], durable: Callable[[float], None]) -> None:
         """Queue; see `interface.Journal.append`. What comes after a failure is dropped, its callback never called."""
-        with self._wake:
-            if self._failure is None and not self._is_closing:
-                self._queue.append((records, durable, time.monotonic()))
-                self._wake.notify()
+        if self._failure is None and not self._is_closing:
+            self._queue.put((records, durable, time.monotonic()))
 
     def on_failure(self, callback: Callable[[JournalError], None]) -> None:
         """Called once, in the writer's thread. At once and in the caller's, if the journal has failed already."""
-        with self._wake:
+        with self._mutex:
             self._on_failure = callback
             failure = self._failure
         if failure is not None:
@@ -173,11 +178,11 @@ class SqliteJournal:
 
     def close(self) -> None:
         """Commit what is queued, end the thread, release the folder. Idempotent."""
-        with self._wake:
+        with self._mutex:
             if self._is_closing:
                 return
             self._is_closing = True
-            self._wake.notify()
+        self._queue.put(None)
         if self._thread is not None:
             self._thread.join()
         try:
@@ -200,18 +205,11 @@ class SqliteJournal:
     # --- the writer's thread -----------------------------------------------------------------------------------------
 
     def _write_groups(self) -> None:
-        while True:
-            with self._wake:
-                while not self._queue and not self._is_closing:
-                    self._wake.wait()
-                group, self._queue = self._queue, []
-            if not group:
-                return
+        is_last = False
+        while not is_last:
+            group, is_last = self._next_group()
             try:
-                records = [record for batch, _, _ in group for record in batch]
-                if records:
-                    with self._transaction():
-                        self._insert(records)
+                self._commit([record for records, _, _ in group for record in records])
             except (apsw.Error, OSError, MemoryError) as error:
                 self._fail(_journal_error(error, f"the journal {self._path} cannot be written"))
                 return
@@ -219,11 +217,28 @@ class SqliteJournal:
             for _, durable, queued_s in group:
                 durable(now_s - queued_s)
 
+    def _next_group(self) -> tuple[list[_Batch], bool]:
+        """Wait for a batch; take it and all that are queued behind it. True with the last group of all."""
+        group: list[_Batch] = []
+        batch = self._queue.get()
+        while batch is not None:
+            group.append(batch)
+            if self._queue.empty():
+                return group, False
+            batch = self._queue.get()
+        return group, True
+
+    def _commit(self, records: Sequence[Record]) -> None:
+        if len(records) > ROW_RECORDS_MAX:
+            with self._transaction():
+                self._insert(records)
+        else:
+            self._insert(records)  # one row, and a statement is a transaction of its own
+
     def _fail(self, error: JournalError) -> None:
         log.critical("%s; nothing more is acknowledged", error)
-        with self._wake:
+        with self._mutex:
             self._failure = error
-            self._queue.clear()
             callback = self._on_failure
         if callback is not None:
             callback(error)
