@@ -214,8 +214,12 @@ class Agent:
             case CancelAttempts():
                 for attempt in message.attempts:
                     run = self.runs.get(attempt)
-                    if run is not None and run.end is None:
+                    if run is None or run.end is not None:
+                        continue
+                    if not message.waiting_only:
                         self.world.after(self.world.random.random(), lambda run=run: self._cancelled(run))  # type: ignore[misc]
+                    elif not run.is_running:
+                        self._cancelled(run)
             case _:
                 pass
 

@@ -195,7 +195,8 @@ class Client:
             count = self.world.random.randint(1, plan.acknowledged)
             plan.cancels.append(tuple(sorted(self.world.random.sample(range(plan.acknowledged), count))))
         for indices in plan.cancels:
-            self._say(events.CancelRequested(self.incarnation, plan.spec.job, indices, running=True))
+            running = self.world.chance(0.5)
+            self._say(events.CancelRequested(self.incarnation, plan.spec.job, indices, running))
 
     # --- what it hears -----------------------------------------------------------------------------------------------
 

@@ -519,7 +519,7 @@ def test_shutdown_cancels_what_waits_and_never_kills_what_runs(cluster: herder.L
     client = cluster.client(cores=2)
     running = [client.submit(wait_for_file, str(gate)) for _ in range(2)]
     assert wait_until(lambda: all(each.running() for each in running), 30)
-    waiting = [client.submit(str, running[i % 2]) for i in range(10)]
+    waiting = [client.submit(str, i) for i in range(10)]
 
     def open_gate_once_cancelled() -> None:
         if wait_until(lambda: all(each.cancelled() for each in waiting), 30):

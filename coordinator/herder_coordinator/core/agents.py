@@ -110,8 +110,8 @@ def _keep(turn: Turn, node: Node, one: RunningAttempt) -> bool:
             turn.ack(task.node, task.attempt)
         ordinal = task.ordinal + (task.attempt != one.attempt)
         turn.assign(task, node, one.attempt, ordinal=max(ordinal, 1), fresh=task.fresh)
-    if task.cancel or job.cancelled:
-        turn.cancel(node, one.attempt)
+    if task.cancel or ((task.cancel_pending or job.cancelled) and not one.started):
+        turn.cancel(node, one.attempt, waiting_only=not task.cancel)
     if one.started:
         _started(turn, node, task)
     return True

@@ -14,7 +14,7 @@ from herder_coordinator.core.state import Client, Feed, Job, State
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import BlobId, Incarnation, JobId
-from herder_shared.states import AgentState
+from herder_shared.states import AgentState, TaskState
 from herder_shared.wire.messages import CancelOk, Function, Notice, SubmitOk, TaskItem
 
 #: Jobs that one owner may have at a time which have not been forgotten.
@@ -227,14 +227,15 @@ def cancel_requested(turn: Turn, event: events.CancelRequested) -> None:
 
 
 def cancel(turn: Turn, job: Job, indices: tuple[int, ...] | None, running: bool) -> None:
-    """Cancel these tasks (None: all, and what still comes): at once where no attempt exists, else through the agent."""
+    """Cancel these tasks (None: all, and what still comes): at once where no attempt exists, else through the agent,
+    which knows better than we do whether an attempt has started: without `running` it stops only those that have not."""
     turn.record(records.CancelRequested(job.id, indices, running))
     held = [task for task in job.tasks.values() if task.node is not None and not task.cancel]
     for index in apply.cancel_tasks(job, indices, running):
         end_cancelled(turn, job, index)
     for task in held:
-        if task.cancel and task.node is not None:
-            turn.cancel(task.node, task.attempt)
+        if task.node is not None and (task.cancel or (task.cancel_pending and task.state is TaskState.ASSIGNED)):
+            turn.cancel(task.node, task.attempt, waiting_only=not task.cancel)
 
 
 # --- what ended ------------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def sweep(turn: Turn) -> None:
     """After a replay: finish cancellations whose ends were in a tail that was cut."""
     for job in list(turn.state.jobs.values()):
         if job.cancelled and job.ended < job.count:
-            cancel(turn, job, None, running=True)
+            cancel(turn, job, None, running=False)
         for task in list(job.tasks.values()):
             if task.cancel_pending and task.node is None:
                 end_cancelled(turn, job, task.index)

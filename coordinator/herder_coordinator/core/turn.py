@@ -56,7 +56,7 @@ class Turn:
         self._to_agents: list[Effect] = []
         self._started: dict[JobId, tuple[Job, list[tuple[int, NodeName]]]] = {}
         self._acks: dict[NodeName, tuple[Node, list[AttemptId]]] = {}
-        self._cancels: dict[NodeName, tuple[Node, list[AttemptId]]] = {}
+        self._cancels: dict[tuple[NodeName, bool], tuple[Node, list[AttemptId]]] = {}
         self._starts: dict[tuple[NodeName, bool], tuple[Node, list[tuple[Task, AttemptStart]]]] = {}
         self._counts: dict[tuple[str, _Labels], float] = {}
         self._values: dict[tuple[str, _Labels], list[float]] = {}
@@ -120,10 +120,10 @@ class Turn:
         if node.session:
             self._acks.setdefault(node.name, (node, []))[1].append(attempt)
 
-    def cancel(self, node: Node, attempt: AttemptId) -> None:
-        """Tell the agent to stop the attempt; it will report the end."""
+    def cancel(self, node: Node, attempt: AttemptId, *, waiting_only: bool = False) -> None:
+        """Tell the agent to stop the attempt (`waiting_only`: unless it runs); it will report the end."""
         if node.session:
-            self._cancels.setdefault(node.name, (node, []))[1].append(attempt)
+            self._cancels.setdefault((node.name, waiting_only), (node, []))[1].append(attempt)
 
     def to_client(self, client: Incarnation, message: CoordinatorToClient, durable: bool = True) -> None:
         self._to_clients.append(SendToClient(client, message, "durable" if durable else "now"))
@@ -227,8 +227,8 @@ class Turn:
         orders: list[Effect] = list(self._to_agents)
         for node, attempts in self._acks.values():
             orders.append(SendToAgent(node.name, node.session, AckAttempts(tuple(attempts)), "durable"))
-        for node, attempts in self._cancels.values():
-            cancel = CancelAttempts(tuple(attempts), limits.KILL_GRACE_S)
+        for (_, waiting_only), (node, attempts) in self._cancels.items():
+            cancel = CancelAttempts(tuple(attempts), limits.KILL_GRACE_S, waiting_only)
             orders.append(SendToAgent(node.name, node.session, cancel, "durable"))
         for (_, idempotent), (node, starts) in self._starts.items():
             for message in start_messages(self.state, node, starts, remember=idempotent):

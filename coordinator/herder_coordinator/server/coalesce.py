@@ -85,7 +85,7 @@ def _follows(last: Message, message: Message) -> bool:
         case (StartAttempts(), StartAttempts()):
             return last.session == message.session
         case (CancelAttempts(), CancelAttempts()):
-            return last.grace_s == message.grace_s
+            return last.grace_s == message.grace_s and last.waiting_only == message.waiting_only
         case (AckAttempts(), AckAttempts()) | (ForgetJobs(), ForgetJobs()):
             return True
         case _:
@@ -114,7 +114,7 @@ def _join(run: Sequence[Message]) -> Message:
             )
         case CancelAttempts():
             attempts = tuple(a for m in run if isinstance(m, CancelAttempts) for a in m.attempts)
-            return CancelAttempts(attempts, first.grace_s)
+            return CancelAttempts(attempts, first.grace_s, first.waiting_only)
         case AckAttempts():
             return AckAttempts(tuple(a for m in run if isinstance(m, AckAttempts) for a in m.attempts))
         case ForgetJobs():

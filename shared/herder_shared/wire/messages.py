@@ -644,6 +644,8 @@ class CancelAttempts(_Message, frozen=True):
 
     attempts: tuple[AttemptId, ...]
     grace_s: float = 2.0
+    #: Only those that no child has been given yet; the others run on.
+    waiting_only: bool = False
 
 
 class AckAttempts(_Message, frozen=True):

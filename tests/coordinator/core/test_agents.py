@@ -211,6 +211,20 @@ def test_a_cancelled_attempt_that_is_back_is_cancelled_again(lab: Lab) -> None:
     assert CancelAttempts((attempt,), 2.0) in to_agent(some)
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_an_attempt_that_is_back_is_cancelled_unless_it_runs(lab: Lab, started: bool) -> None:
+    lab.open()
+    lab.node()
+    lab.submit(1)
+    attempt = lab.attempt()
+    lab.do(events.AgentDisconnected(N1, 1))
+    lab.do(events.CancelRequested(CLIENT, JOB, None, running=False))
+    lab.connect(session=2)
+    some = lab.sync(session=2, running=[RunningAttempt(attempt, JOB, 0, started)])
+    cancels = [message for message in to_agent(some) if isinstance(message, CancelAttempts)]
+    assert cancels == ([] if started else [CancelAttempts((attempt,), 2.0, waiting_only=True)])
+
+
 def test_a_drained_node_finishes_and_takes_nothing_new_until_it_is_used_again(lab: Lab) -> None:
     lab.open()
     lab.node(cores=1)

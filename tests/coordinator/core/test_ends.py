@@ -11,7 +11,7 @@ from herder_coordinator.core import events, records
 from herder_coordinator.core.effects import Persist, SendToAgent
 from herder_shared.ids import AttemptId, JobId, NodeName
 from herder_shared.states import AgentState, Cause, Outcome
-from herder_shared.wire.messages import AckAttempts, JobSpec
+from herder_shared.wire.messages import AckAttempts, CancelAttempts, JobSpec
 from support.core_lab import CLIENT, JOB, Lab, failed, item, job_spec, starts, success, to_agent, told_ends
 
 N1 = NodeName("n1")
@@ -201,7 +201,9 @@ def test_a_cancelled_task_ends_as_cancelled_whatever_its_agent_says_but_success(
 def test_cancelling_what_has_not_started_leaves_an_attempt_alone_but_makes_it_the_last(lab: Lab) -> None:
     lab.open(retries=5)
     lab.submit(1)
-    assert to_agent(lab.do(events.CancelRequested(CLIENT, JOB, None, running=False))) == []
+    (cancel,) = to_agent(lab.do(events.CancelRequested(CLIENT, JOB, None, running=False)))
+    assert isinstance(cancel, CancelAttempts)
+    assert cancel.waiting_only
     lab.ended(failed(lab.attempt(), *BOOM))
     assert lab.outcomes() == {0: Outcome.CANCELLED}
 

@@ -167,6 +167,17 @@ def test_cancelling_ends_what_is_pending_at_once_and_asks_the_agent_for_the_rest
     ]
 
 
+def test_cancelling_what_waits_asks_the_agent_for_what_is_not_known_to_run(lab: Lab) -> None:
+    lab.open()
+    lab.node(cores=2)
+    lab.submit(2)
+    lab.do(events.AttemptsStarted(N1, 1, (FIRST,)))
+    some = lab.do(events.CancelRequested(CLIENT, JOB, None, running=False))
+    assert [one.message for one in some if isinstance(one, SendToAgent)] == [
+        CancelAttempts((AttemptId(1, 2),), 2.0, waiting_only=True)
+    ]
+
+
 def test_unknown_and_late_events_of_every_kind_do_nothing(lab: Lab) -> None:
     ghost, node = JobId("ghost"), NodeName("ghost")
     for event in (

@@ -58,6 +58,11 @@ def test_other_lists_are_joined() -> None:
     one, two = AttemptId(1, 1), AttemptId(1, 2)
     assert coalesce([m.AckAttempts((one,)), m.AckAttempts((two,))]) == [m.AckAttempts((one, two))]
     assert coalesce([m.CancelAttempts((one,)), m.CancelAttempts((two,))]) == [m.CancelAttempts((one, two))]
+    apart: list[m.Message] = [m.CancelAttempts((one,)), m.CancelAttempts((two,), waiting_only=True)]
+    assert coalesce(apart) == apart
+    assert coalesce([apart[1], m.CancelAttempts((one,), waiting_only=True)]) == [
+        m.CancelAttempts((two, one), waiting_only=True)
+    ]
     assert coalesce([m.ForgetJobs((JOB,)), m.ForgetJobs((OTHER,))]) == [m.ForgetJobs((JOB, OTHER))]
     started: list[m.Message] = [m.TasksStarted(JOB, ((n, "n"),)) for n in range(2)]  # type: ignore[arg-type]
     assert coalesce(started) == [m.TasksStarted(JOB, ((0, "n"), (1, "n")))]  # type: ignore[arg-type]
