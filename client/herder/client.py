@@ -424,7 +424,7 @@ class Client(View):
         if not answer.jobs:
             raise JobNotFound(f"there is no job {id!r}, or it has been forgotten: `herder jobs` lists them")
         found = answer.jobs[0]
-        record = Record("command" if found.kind == "command" else "python")
+        record = Record("command" if found.workload_kind == "command" else "python")
         track = self._connection.observe_job(job, record)
         record.submitted_count = found.tasks
         record.total = found.tasks

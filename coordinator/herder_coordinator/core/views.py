@@ -70,6 +70,7 @@ def job_info(job: Job, now_s: float) -> JobInfo:
         detached=job.spec.detached,
         kind=job.spec.kind,
         age_s=max(0.0, now_s - job.opened_s),
+        workload_kind=job.spec.workload.kind,
     )
 
 

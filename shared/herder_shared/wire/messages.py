@@ -582,6 +582,8 @@ class JobInfo(_Part, frozen=True):
     detached: bool = False
     kind: str = "submit"
     age_s: float = 0.0
+    #: "python" or "command": in what form the results are.
+    workload_kind: str = "python"
 
 
 class TaskInfo(_Part, frozen=True):

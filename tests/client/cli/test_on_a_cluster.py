@@ -68,6 +68,18 @@ def test_command_is_run_and_its_output_shown(shell: Shell) -> None:
     assert (result.exit_code, result.stdout) == (0, "hello\n")
 
 
+def test_submitted_commands_are_found_from_python(cluster: herder.LocalCluster, shell: Shell) -> None:
+    job = shell.json("submit", "--array", "1-2", "--", "echo {}; exit $(({} - 1))")["job"]
+    shell.json("wait", job, "--timeout", "60", status=1)
+    with cluster.client() as client:
+        found = client.job(job)
+        results = found.results(30)
+        assert next(results).text() == "1\n"
+        with pytest.raises(herder.CommandFailed, match="exit status 1") as failed:
+            next(results)
+        assert failed.value.completed.stdout == b"2\n"
+
+
 def test_array_runs_a_task_for_each_number_with_the_placeholders_filled(shell: Shell) -> None:
     result = shell.run("submit", "--wait", "--array", "1-20", "--", "echo {} {#} | tr ' ' :")
     assert result.exit_code == 0
