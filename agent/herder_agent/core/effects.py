@@ -71,6 +71,8 @@ class SendTask:
     grant: Grant
     #: The child may run further tasks.
     reuses: bool = False
+    #: It need not say that it has started: it has run tasks before, and has all that this one needs.
+    is_quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from herder_agent.core.effects import (
     ForkChildren,
     Grant,
     Observe,
+    ReportStarted,
     ReportWorkload,
     SendTask,
     SpawnCommand,
@@ -203,7 +204,11 @@ def _new_child(state: State, pool: Pool, template: Template) -> Child:
 def _hand_over(state: State, child: Child, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
     _occupy(state, child, attempt, now_s)
     reuses = child.pool.workload.reuses
-    effects.append(SendTask(child.id, attempt.start, attempt.job_name, attempt.options, grant(state, attempt), reuses))
+    is_quiet = reuses and child.tasks_done > 0 and not attempt.blobs
+    slot = grant(state, attempt)
+    effects.append(SendTask(child.id, attempt.start, attempt.job_name, attempt.options, slot, reuses, is_quiet))
+    if is_quiet:
+        start_running(state, attempt, now_s, effects)
 
 
 def _occupy(state: State, child: Child, attempt: Attempt, now_s: float) -> None:
@@ -306,7 +311,18 @@ def retire(child: Child, effects: list[Effect]) -> None:
     effects.append(StopChild(child.id))
 
 
-def started(attempt: Attempt, effects: list[Effect]) -> None:
+def start_running(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
+    """Its child says that the task's code runs from now on; or needs not say so."""
+    if attempt.phase is not Phase.SENT:
+        return
+    attempt.started_s = now_s
+    move(state, attempt, Phase.RUNNING)
+    _note_start(attempt, effects)
+    if not attempt.dropped:
+        effects.append(ReportStarted(attempt.id))
+
+
+def _note_start(attempt: Attempt, effects: list[Effect]) -> None:
     """Note how long the start took, and report medians now and then."""
     pool = attempt.workload.pool(attempt.method)
     pool.failures = 0

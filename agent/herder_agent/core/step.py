@@ -27,7 +27,6 @@ from herder_agent.core.effects import (
     Effect,
     Observe,
     ReportEnd,
-    ReportStarted,
     ReportWorkload,
     SendSync,
     SignalChild,
@@ -252,7 +251,7 @@ def _child_forked(state: State, event: ChildForked, now_s: float, effects: list[
     if child.attempt is not None:
         child.attempt.pid = event.pid
         if child.pool.method == "command":
-            _start_running(state, child.attempt, now_s, effects)
+            launchers.start_running(state, child.attempt, now_s, effects)
     elif child.phase is ChildPhase.FORKING:
         if child.pool.method == "fresh":
             child.phase = ChildPhase.WARMING
@@ -263,17 +262,7 @@ def _child_forked(state: State, event: ChildForked, now_s: float, effects: list[
 def _child_started(state: State, event: ChildStarted, now_s: float, effects: list[Effect]) -> None:
     child = state.children.get(event.child)
     if child is not None and child.attempt is not None:
-        _start_running(state, child.attempt, now_s, effects)
-
-
-def _start_running(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
-    if attempt.phase is not Phase.SENT:
-        return
-    attempt.started_s = now_s
-    move(state, attempt, Phase.RUNNING)
-    launchers.started(attempt, effects)
-    if not attempt.dropped:
-        effects.append(ReportStarted(attempt.id))
+        launchers.start_running(state, child.attempt, now_s, effects)
 
 
 def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: list[Effect]) -> None:

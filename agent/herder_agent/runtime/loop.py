@@ -461,6 +461,7 @@ class AgentLoop:
             "gpus": grant.gpus,
             "discard": options.stdout == "discard",
             "limits": {},
+            "quiet": effect.is_quiet,
         }
         self.children.send_task(child, head, parts, files, is_limited=bool(options.memory_bytes), reuses=effect.reuses)
         for fd in files:

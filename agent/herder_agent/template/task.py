@@ -81,7 +81,8 @@ class Runner:
             self._prepare(head)
             function, (args, kwargs) = self._unpickle(head, parts)
             parts.clear()
-            channel.send_packed(_STARTED)
+            if not head.get("quiet"):
+                channel.send_packed(_STARTED)
             usage = Usage(self._below)
             try:
                 value = function(*args, **kwargs)

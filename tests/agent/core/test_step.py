@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,8 +191,20 @@ def test_reused_child_gets_the_next_attempt_in_the_step_of_its_answer() -> None:
     assert machine.forked(1) == [send(1, 1, reuses=True)]
     machine.take(ev.ChildStarted(1))
     effects = machine.take(ev.ChildAnswered(1, ONE))
-    assert [type(e).__name__ for e in effects] == ["ReportEnd", "SendTask"]
-    assert effects[1] == send(1, 2, reuses=True)
+    assert [type(e).__name__ for e in effects] == ["ReportEnd", "SendTask", "ReportStarted"]
+    assert effects[1] == replace(send(1, 2, reuses=True), is_quiet=True)
+
+
+def test_used_child_need_not_say_that_it_has_started() -> None:
+    machine = Machine(cores=1, spec=REUSED)
+    machine.order(1)
+    machine.ready()
+    machine.forked(1)
+    machine.take(ev.ChildStarted(1))
+    machine.take(ev.ChildAnswered(1, ONE))
+    assert machine.order(2) == [replace(send(1, 2, reuses=True), is_quiet=True), fx.ReportStarted(ident(2))]
+    (end,) = ended(machine.take(ev.ChildExited(1, ev.Exit(9)), 1.0) + machine.take(ev.LeftoversGone()))
+    assert (end.outcome, end.usage.start_s, end.usage.wall_s) == (Outcome.CRASHED, 0.0, 1.0)
 
 
 def test_child_is_replaced_after_the_tasks_that_it_may_run() -> None:
