@@ -58,6 +58,7 @@ class Agents:
         #: By session; at a time there may be an old and a new one of the same node.
         self._links: dict[int, _AgentLink] = {}
         self._by_node: dict[NodeName, _AgentLink] = {}
+        self._unflushed: dict[Link, None] = {}
         self._last_pull = 0
         self._gone = asyncio.Event()
 
@@ -169,12 +170,13 @@ class Agents:
     # --- what the coordinator sends ----------------------------------------------------------------------------------
 
     def send(self, node: NodeName, session: int, message: m.Message) -> None:
-        """Send to that session of that node; nothing happens when it is over."""
+        """Send to that session of that node with the next `flush`; nothing happens when it is over."""
         agent = self._links.get(session)
         if agent is None or agent.node != node:
             return
+        self._unflushed[agent.link] = None
         try:
-            agent.link.send(message)
+            agent.link.put(message)
         except PayloadTooLarge as error:
             halves = halve(message)
             if halves is not None:
@@ -182,6 +184,11 @@ class Agents:
                     self.send(node, session, half)
             else:
                 self._refuse_start(agent, message, error)
+
+    def flush(self) -> None:
+        """What was sent leaves now, in one write for each link."""
+        while self._unflushed:
+            self._unflushed.popitem()[0].flush()
 
     def _refuse_start(self, agent: _AgentLink, message: m.Message, error: PayloadTooLarge) -> None:
         """One attempt whose arguments, with the values it depends on, do not fit into a frame: it can never start."""

@@ -51,6 +51,7 @@ class Clients:
         self._status = status
         self._links: dict[Link, _ClientLink] = {}
         self._by_client: dict[Incarnation, _ClientLink] = {}
+        self._unflushed: dict[Link, None] = {}
         self.shut_down: Callable[[], None] | None = None
 
     # --- what links report -------------------------------------------------------------------------------------------
@@ -220,18 +221,24 @@ class Clients:
     # --- what the coordinator sends ----------------------------------------------------------------------------------
 
     def send(self, client: Incarnation, message: m.Message) -> None:
-        """Send to that client; nothing happens when it is not connected."""
+        """Send to that client with the next `flush`; nothing happens when it is not connected."""
         found = self._by_client.get(client)
         if found is None:
             return
+        self._unflushed[found.link] = None
         try:
-            found.link.send(message)
+            found.link.put(message)
         except PayloadTooLarge:
             halves = halve(message)
             if halves is None:
                 raise
             for half in halves:
                 self.send(client, half)
+
+    def flush(self) -> None:
+        """What was sent leaves now, in one write for each link."""
+        while self._unflushed:
+            self._unflushed.popitem()[0].flush()
 
     def __len__(self) -> int:
         return len(self._links)

@@ -53,6 +53,9 @@ class Outlets(Protocol):
 
     def send_to_agent(self, node: NodeName, session: int, message: Message) -> None: ...
 
+    def flush(self) -> None:
+        """Everything was sent that is to be sent now: it leaves, in one write for each peer."""
+
     def drop_agent(self, node: NodeName, session: int, reason: str) -> None: ...
 
     def drop_blobs(self, blobs: tuple[BlobId, ...]) -> None: ...
@@ -194,9 +197,9 @@ class CoreLoop:
                     self._dropping.update(effect.blobs)
             else:
                 now.append(effect)
-        if records:
-            self._append(records)
         self._carry_out(now)
+        if records:  # last: the journal's thread wakes up when this one has nothing more to do, and not to fight for it
+            self._append(records)
         if durable:
             if self._done == self._appended:
                 self._carry_out(durable)
@@ -210,6 +213,8 @@ class CoreLoop:
         self._journal.append(records, lambda seconds: self._committed(batch, seconds))
 
     def _carry_out(self, effects: list[Effect]) -> None:
+        if not effects:
+            return
         to_clients: dict[Incarnation, list[Message]] = {}
         to_agents: dict[tuple[NodeName, int], list[Message]] = {}
         outlets = self._outlets
@@ -233,6 +238,8 @@ class CoreLoop:
         for (node, session), messages in to_agents.items():
             for message in coalesce(messages):
                 outlets.send_to_agent(node, session, message)
+        if to_clients or to_agents:
+            outlets.flush()
 
     def _droppable(self, blobs: tuple[BlobId, ...]) -> tuple[BlobId, ...]:
         """Those whose last order this is: if a task used the blob again in between and ended, the disk may not know of

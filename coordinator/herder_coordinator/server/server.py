@@ -220,9 +220,9 @@ class Server:
         if self._failure is not None:
             return
         self._side(link).received(link, messages)
-        if link.peer.role == "agent" and link.hello.node is not None:
+        if link.hello.node is not None:
             for message in messages:
-                if isinstance(message, WorkloadsReported):
+                if type(message) is WorkloadsReported:
                     for report in message.reports:
                         self.metrics.workload_reported(link.hello.node.node, report)
 
@@ -248,6 +248,13 @@ class Server:
         """Outlets."""
         assert self._agents is not None
         self._agents.send(node, session, message)
+
+    def flush(self) -> None:
+        """Outlets."""
+        assert self._agents is not None
+        assert self._clients is not None
+        self._agents.flush()
+        self._clients.flush()
 
     def drop_agent(self, node: NodeName, session: int, reason: str) -> None:
         """Outlets."""

@@ -70,6 +70,18 @@ class Link:
         """
         self._connection.send(message)
 
+    def put(self, message: Message) -> None:
+        """As `send`, but it may stay here until `flush`: for who sends several and knows when that was all.
+
+        Raises:
+            PayloadTooLarge: the message does not fit into a frame.
+        """
+        self._connection.put(message)
+
+    def flush(self) -> None:
+        """Write now what waits."""
+        self._connection.flush()
+
     def pause_reading(self) -> None:
         """Take no more from the peer until `resume_reading`. Its heartbeats are not heard either."""
         self._connection.pause_reading()
@@ -120,6 +132,8 @@ class Connection(asyncio.Protocol):
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self._unsent: list[bytes] = []
         self._unsent_bytes = 0
+        #: Whether `flush` has been ordered from the loop.
+        self._unsent_is_due = False
         #: Since when we do not listen, on the loop's clock.
         self._paused_s: float | None = None
         self._greeting_timer: asyncio.TimerHandle | None = None
@@ -165,16 +179,24 @@ class Connection(asyncio.Protocol):
         return self._unsent_bytes + waiting
 
     def send(self, message: Message) -> None:
+        if not self._unsent_is_due and not self.is_ended:
+            self._unsent_is_due = True
+            self._loop.call_soon(self.flush)
+        self.put(message)
+
+    def put(self, message: Message) -> None:
         if self.is_ended:
             return
         assert self._session is not None
         frame = self._session.send(message)
-        if not self._unsent:
-            self._loop.call_soon(self._flush)
         self._unsent.append(frame)
         self._unsent_bytes += len(frame)
         if self._unsent_bytes > BATCH_BYTES_MAX:
-            self._flush()
+            self._write_unsent()
+
+    def flush(self) -> None:
+        self._unsent_is_due = False
+        self._write_unsent()
 
     def pause_reading(self) -> None:
         if self._transport is not None and not self.is_ended and self._paused_s is None:
@@ -192,7 +214,7 @@ class Connection(asyncio.Protocol):
             return
         if reason:
             _log.debug("closing the link with %s: %s", self._who(), reason)
-        self._flush()
+        self._write_unsent()
         self._end(None)
         self._linger()
 
@@ -244,8 +266,8 @@ class Connection(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         plain, ended = self._pipe.receive(data)
-        if reply := self._pipe.outgoing():
-            self._write(reply)
+        if self._pipe.has_outgoing:
+            self._write(self._pipe.outgoing())
         if plain and self._session is not None and not self.is_ended:
             self._hear(self._session, plain)
         if ended and not self.is_ended:
@@ -271,7 +293,7 @@ class Connection(asyncio.Protocol):
         self.link = Link(self, peer, self._session.hello, self._session.welcome)
         self._observer.opened(self.link)
 
-    def _flush(self) -> None:
+    def _write_unsent(self) -> None:
         if not self._unsent or self.is_ended or self._transport is None:
             return
         data = b"".join(self._unsent) if len(self._unsent) > 1 else self._unsent[0]

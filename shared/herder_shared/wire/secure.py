@@ -12,7 +12,8 @@ import ssl
 
 from herder_shared.errors import HerderError, ProtocolMismatch, RemoteProtocolError, Unauthorized, Unreachable
 
-_READ_BYTES = 256 * 1024
+#: A read gives one record of TLS at most, and a record this much.
+_READ_BYTES = 16 * 1024
 _RENEW = "issue it again from the profile's authority (for a node, `herder up` does)"
 
 
@@ -55,6 +56,8 @@ class SecurePipe:
         try:
             while piece := self.ssl_object.read(_READ_BYTES):
                 pieces.append(piece)
+                if not self._in.pending:  # the next read would only say that it wants more
+                    return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), False
             ended = True
         except ssl.SSLWantReadError:
             pass
@@ -66,6 +69,11 @@ class SecurePipe:
         """The bytes that carry `data` to the peer."""
         self.ssl_object.write(data)
         return self._out.read()
+
+    @property
+    def has_outgoing(self) -> bool:
+        """Whether `outgoing` gives anything."""
+        return self._out.pending > 0
 
     def outgoing(self) -> bytes:
         """What TLS itself wants to say."""

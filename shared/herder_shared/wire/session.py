@@ -116,13 +116,13 @@ class Session:
         """
         frame = encode_frame(message)
         kind = type(message)
-        if isinstance(message, _MOVING):
+        if kind not in _MOVING:
+            assert self.state is SessionState.OPEN, f"{self._end} sends {kind.__name__} when {self.state.name}"
+        else:
             assert (self.state, kind) in SESSION_TRANSITIONS, (
                 f"{self._end} sends {kind.__name__} when {self.state.name}"
             )
-            self._move(message)
-        else:
-            assert self.state is SessionState.OPEN, f"{self._end} sends {kind.__name__} when {self.state.name}"
+            self._move(cast("Hello | Welcome | Refused", message))
         return frame
 
     def receive(self, data: bytes | bytearray | memoryview, now_s: float) -> list[Message]:

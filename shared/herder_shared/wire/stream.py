@@ -114,7 +114,7 @@ class _Accepted(Connection):
         self._acceptor.count(type(error).__name__, self._address, str(error))
         if self._session is not None and self._session.state is not SessionState.ENDED:
             self.send(refusal(error))
-            self._flush()
+            self.flush()
         self._end(error)
         self._linger()
 
@@ -264,7 +264,7 @@ class _Dialled(Connection):
     def _secured(self) -> None:
         self._session = DiallerSession()
         self.send(self._dialler.hello())
-        self._flush()
+        self.flush()
 
     def _greeted(self) -> None:
         if self._session is None or self._session.state is not SessionState.OPEN:

@@ -168,6 +168,7 @@ def test_orders_of_a_session_that_is_over_go_nowhere(authority: Authority, tmp_p
             agents.send(NodeName("n1"), 99, m.Stop("wrong session"))
             agents.send(NodeName("n2"), agent.link.session, m.Stop("wrong node"))
             agents.send(NodeName("n1"), agent.link.session, m.Drain())
+            agents.flush()
             await agent.next(m.Drain)
             assert not [one for one in agent.messages if isinstance(one, m.Stop)]
 

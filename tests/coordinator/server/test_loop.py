@@ -35,6 +35,9 @@ class Outlets:
     def send_to_agent(self, node: NodeName, session: int, message: m.Message) -> None:
         raise AssertionError("there is no agent")
 
+    def flush(self) -> None:
+        pass
+
     def drop_agent(self, node: NodeName, session: int, reason: str) -> None:
         raise AssertionError("there is no agent")
 
