@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from . import failures, preload, streams, system, task, wire
+from . import failures, hooks, preload, streams, system, task, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
     """Become a child, with its task socket and the write ends of its stdout and stderr pipes."""
     status = STATUS_INTERNAL
     try:
+        hooks.take_up()
         os.setsid()
         system.die_with(parent)
         system.become_subreaper()

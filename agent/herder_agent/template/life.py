@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from . import serve, system, wire
+from . import hooks, serve, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def _become(channel: wire.Channel, opening: dict[str, Any], setup: bytes) -> Non
         send_ready(channel, opening, {"start": "fork", "fork_point": "start", "reason": ""})
         serve.Server(channel, None).run()
         return
+    hooks.watch()
     from . import build
 
     become_child = build.Template(channel, opening, setup).build()

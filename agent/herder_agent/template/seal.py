@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 
-from . import child, system, task
+from . import child, hooks, system, task
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
@@ -27,6 +27,7 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     _settle_signals()
     atexit._clear()
     _settle_streams()
+    hooks.leave_out()
     plan.kept = [_kept(fd) for fd in kept]
     _ = gc.collect()
     gc.freeze()

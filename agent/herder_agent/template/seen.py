@@ -5,6 +5,8 @@ Loaded under that name (and not as a sibling), because pickled arguments refer t
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -14,10 +16,10 @@ class Task:
     """The running task, as it may know itself.
 
     `id` is "JOB.INDEX", `attempt` its ordinal from 1, `cpus` the CPUs that it is pinned to (empty: any), `gpus` the
-    devices given to it, `scratch` a folder which is removed after it (None where the node has none).
+    devices given to it.
     """
 
-    __slots__ = ("attempt", "cpus", "gpus", "id", "index", "job_id", "node", "scratch")
+    __slots__ = ("_pid", "_scratch", "attempt", "cpus", "gpus", "id", "index", "job_id", "node")
 
     def __init__(self, head: dict[str, Any]) -> None:
         self.job_id: str = head.get("job", "")
@@ -27,7 +29,24 @@ class Task:
         self.node: str = head.get("node", "")
         self.cpus: tuple[int, ...] = tuple(head.get("cpus") or ())
         self.gpus: tuple[int, ...] = tuple(head.get("gpus") or ())
-        self.scratch: str | None = head.get("scratch")
+        self._scratch: str | None = head.get("scratch")
+        #: The process that made the scratch folder, 0 while nobody has.
+        self._pid = 0
+
+    @property
+    def scratch(self) -> str | None:
+        """A private folder on the node, made when it is first asked for and removed after the attempt."""
+        if self._scratch is not None and not self._pid:
+            os.makedirs(self._scratch, 0o700, exist_ok=True)
+            self._pid = os.getpid()
+        return self._scratch
+
+    def clean(self) -> None:
+        """Remove the scratch folder, if this process made one. The agent does it for a process that cannot."""
+        if self._scratch is not None and self._pid == os.getpid():
+            import shutil
+
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
     def retries(self) -> int:
@@ -75,6 +94,8 @@ def enter(head: dict[str, Any], dependencies: dict[tuple[str, int], Any]) -> Non
 def leave() -> None:
     """The task is over."""
     global _task, _dependencies
+    if _task is not None:
+        _task.clean()
     _task = None
     _dependencies = {}
 

@@ -98,7 +98,7 @@ def test_a_spawner_does_not_fork_tasks(spawner: driver.Template) -> None:
 def test_frames_that_came_together_with_open_are_answered() -> None:
     running = driver.Template()
     try:
-        frames = [{"t": "open", "spawner": True, "workload": {}}, {"t": "stats"}]
+        frames: list[driver.Head] = [{"t": "open", "spawner": True, "workload": {}}, {"t": "stats"}]
         running.frames.socket.sendall(b"".join(wire.pack(frame) for frame in frames))
         assert [running.frames.receive()[0]["t"] for _ in frames] == ["ready", "stats"]
     finally:
