@@ -29,52 +29,23 @@ PACKAGES = {
 
 #: Modules which no test imports or is named for, and where they are tested instead. A new module is tested by itself.
 TESTED_ELSEWHERE: dict[str, str] = {
-    # run in other interpreters, never imported by a test
-    "agent/herder_agent/template/*": "tests/agent/template",
     # what `herder bench` measures with
     "client/herder/cli/bench/*": "tests/client/cli/test_bench.py",
     # the way of an attempt, as a whole agent with real children
-    "agent/herder_agent/core/account.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/core/attempts.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/core/effects.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/core/events.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/core/launchers.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/core/slots.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/core/state.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/core/step.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/launch/command.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/launch/control.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/launch/forkserver.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/launch/prologue.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/metrics.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/runtime/blobs.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/children.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/connection.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/environments.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/runtime/host.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/memory.py": "tests/agent/runtime/test_loop.py",
-    "agent/herder_agent/runtime/reap.py": "tests/agent/runtime/test_loop.py",
     # the parts of one step, in every history of the simulator
     "coordinator/herder_coordinator/core/apply.py": "tests/sim/test_simulation.py",
-    "coordinator/herder_coordinator/core/ends.py": "tests/sim/test_simulation.py",
-    "coordinator/herder_coordinator/core/lease.py": "tests/sim/test_simulation.py",
-    "coordinator/herder_coordinator/core/placement.py": "tests/sim/test_simulation.py",
-    "coordinator/herder_coordinator/core/ready.py": "tests/sim/test_simulation.py",
-    "coordinator/herder_coordinator/core/turn.py": "tests/sim/test_simulation.py",
     # the client, as its users see it
     "client/herder/calls.py": "tests/system/test_executor_semantics.py",
     "client/herder/completed.py": "tests/system/test_executor_semantics.py",
     "client/herder/connection.py": "tests/system/test_executor_semantics.py",
-    "client/herder/fetches.py": "tests/system/test_executor_semantics.py",
-    "client/herder/futures.py": "tests/system/test_executor_semantics.py",
     "client/herder/in_task.py": "tests/system/test_executor_semantics.py",
-    "client/herder/options.py": "tests/system/test_executor_semantics.py",
-    "client/herder/outbox.py": "tests/system/test_executor_semantics.py",
     "client/herder/outcomes.py": "tests/system/test_executor_semantics.py",
-    "client/herder/payload.py": "tests/system/test_executor_semantics.py",
     "client/herder/progress.py": "tests/system/test_executor_semantics.py",
-    "client/herder/tracks.py": "tests/system/test_executor_semantics.py",
-    "client/herder/workload.py": "tests/system/test_executor_semantics.py",
     # commands, on a cluster
     "client/herder/cli/run.py": "tests/client/cli/test_init_and_run.py",
     "client/herder/cli/session.py": "tests/client/cli/test_init_and_run.py",
