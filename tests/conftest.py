@@ -17,7 +17,16 @@ _PRIVATE_TMP = pytest.StashKey[Path]()
 _MARK = pytest.StashKey[str]()
 
 
+def _restore_signals() -> None:
+    """As in a terminal: a shell that runs us in the background ignores SIGINT and SIGQUIT for us, nohup SIGHUP."""
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _restore_signals()
     config.addinivalue_line(
         "markers", "module_state: a module-wide fixture may start threads and processes late; they are the module's"
     )

@@ -4,7 +4,7 @@
 # then on only reaps orphans, as bash does by itself.
 set -eu
 name=$1 disk=$2 etc=$3 serves=$4
-shift 4 # what is left: folders of other file systems that the host must see
+shift 4 # what is left: folders that the host must see and would not
 
 hostname "$name"
 mount --make-rprivate /
@@ -19,9 +19,15 @@ mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs run
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs dev/shm
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs tmp
 mkdir -p run/sshd run/lock
+index=0
 for folder in "$@"; do
-    mkdir -p "${folder#/}"
-    mount --rbind "$folder" "${folder#/}"
+    index=$((index + 1))
+    other=$disk/others/$index
+    mkdir -p "$other/upper" "$other/work" "${folder#/}"
+    rm -rf "$other/work/work"
+    # copy-on-write like the root; a file system that cannot be below an overlay is shared as it is
+    mount -t overlay overlay -o "lowerdir=$folder,upperdir=$other/upper,workdir=$other/work" "${folder#/}" 2>/dev/null ||
+        mount --rbind "$folder" "${folder#/}"
 done
 echo "$name" > etc/hostname
 cp "$etc/hosts" etc/hosts

@@ -32,6 +32,8 @@ from support.leaks import wait_until
 INIT = Path(__file__).with_name("lab_host_init.sh")
 SHM = Path("/dev/shm")
 PREFIX = "herder-netlab-"
+#: What `lab_host_init.sh` mounts afresh.
+HIDDEN = (Path("/dev"), Path("/proc"), Path("/run"), Path("/sys"), Path("/tmp"))
 NETWORK = "198.18.10"
 #: The first host's last octet.
 FIRST_OCTET = 10
@@ -123,7 +125,7 @@ class Host:
                 f"--net=/proc/{self._holder().pid}/ns/net",
                 *("unshare", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child=KILL"),
                 *(str(INIT), self.name, str(self.disk), str(self.lab.etc), "yes" if self.spec.sshd else "no"),
-                *_other_mounts(),
+                *_other_folders(),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -341,11 +343,19 @@ def public_key(private: Path) -> str:
     return " ".join(Path(f"{private}.pub").read_text().split()[:2])
 
 
-def _other_mounts() -> list[str]:
-    """Where this repository and its interpreter are, if not on the root file system: hosts see only that otherwise."""
+def _other_folders() -> list[str]:
+    """Where this repository and its interpreters are, as far as a host would not see it: its root is the machine's root
+    file system without what is mounted below that, and without `HIDDEN`."""
     root = os.stat("/").st_dev
-    places = (Path(__file__).resolve().parents[2], Path(sys.prefix), Path(sys.base_prefix))
-    return [str(place) for place in places if place.stat().st_dev != root]
+    prefixes = (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parents[1])
+    places = sorted({Path(__file__).resolve().parents[2], *(Path(prefix).resolve() for prefix in prefixes)})
+    shown: list[Path] = []
+    for place in places:
+        device = place.stat().st_dev
+        is_hidden = device != root or any(place.is_relative_to(folder) for folder in HIDDEN)
+        if is_hidden and not any(place.is_relative_to(each) and each.stat().st_dev == device for each in shown):
+            shown.append(place)
+    return list(map(str, shown))
 
 
 def _known_name(host: Host) -> str:
