@@ -125,6 +125,8 @@ class Child:
         self.baseline_bytes = 0
         #: The function sent last, which it still has.
         self.function = ""
+        #: Its last task's scratch folder, which is there only if the task asked for it.
+        self.scratch = ""
         #: It runs more than one task.
         self.reuses = False
 

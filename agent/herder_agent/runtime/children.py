@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -176,6 +177,7 @@ class Children:
         self._memory.remove(number)
         if child is not None:
             child.kill()
+            self._remove_scratch(child)
             child.close()
 
     def drop_all_of(self, template: int) -> None:
@@ -193,6 +195,7 @@ class Children:
         if child.channel is not None and not child.channel.is_resting:
             child.channel.drain()
         child.drain_output()
+        self._remove_scratch(child)
         number = head.status & 0x7F
         exit_ = Exit(
             head.status, head.utime, head.stime, head.minflt, head.majflt, number == signal.SIGKILL and self._oom_seen()
@@ -202,6 +205,11 @@ class Children:
         else:
             self._tell(child.number, events.ChildExited(child.number, exit_, child.take_logs()))
         child.close()
+
+    def _remove_scratch(self, child: Child) -> None:
+        """It could not do so itself, if the folder is still there."""
+        if child.scratch and not self._is_closed and os.path.isdir(child.scratch):
+            self._threads.submit(shutil.rmtree, child.scratch, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -255,6 +256,8 @@ def prepare_state_dir(state_dir: Path) -> None:
     try:
         for folder in (state_dir, state_dir / "logs", state_dir / "blobs", state_dir / "python"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Of an earlier life's attempts.
+        shutil.rmtree(state_dir / "scratch", ignore_errors=True)
         owner = state_dir.stat().st_uid
     except OSError as error:
         raise ConfigError(f"the agent's state_dir {state_dir} cannot be used: {error}; choose another") from error

@@ -89,6 +89,7 @@ class AgentLoop:
         self.poller = Poller(self.loop)
         self.children = Children(self.loop, self.poller, self.store, self.dispatch, self.is_crowded)
         self._cloudpickle = host.offer_cloudpickle(place.state_dir)
+        self._scratch = place.state_dir.absolute() / "scratch"
         self._templates: dict[int, forkserver.Template] = {}
         self._pending: deque[events.Event] = deque()
         self._is_stepping = False
@@ -442,6 +443,7 @@ class AgentLoop:
             child.function = ""
             self.children.cannot_start(child, str(error))
             return
+        scratch = child.scratch = f"{self._scratch}/{start.attempt}"
         head: dict[str, object] = {
             "t": "task",
             "attempt": f"{start.attempt.epoch}.{start.attempt.n}",
@@ -457,7 +459,7 @@ class AgentLoop:
             "seed": options.seed,
             "env": self._marks(start, grant),
             "python": start.python,
-            "scratch": None,
+            "scratch": scratch,
             "gpus": grant.gpus,
             "discard": options.stdout == "discard",
             "limits": {},

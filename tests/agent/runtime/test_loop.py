@@ -199,6 +199,27 @@ def test_daemon_left_by_a_finished_task_is_killed(coordinator: Coordinator) -> N
     wait_until_gone([coordinator.value_of(coordinator.start(task))])
 
 
+def test_scratch_folder_is_made_when_asked_for_and_is_gone_after_the_attempt(
+    coordinator: Coordinator, tmp_path: Path
+) -> None:
+    def task(die: bool, note: str) -> str:
+        import herder
+
+        folder = Path(str(herder.task().scratch))
+        (folder / "file").write_text("x")
+        Path(note).write_text(str(folder))
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return str(folder)
+
+    for die in (False, True):
+        note = tmp_path / f"note-{die}"
+        coordinator.end_of(coordinator.start(task, die, str(note)))
+        folder = Path(note.read_text())
+        assert folder.parent.name == "scratch"
+        coordinator.wait(lambda folder=folder: not folder.exists())  # type: ignore[misc]
+
+
 def test_queued_attempt_is_cancelled_at_once(coordinator: Coordinator) -> None:
     blockers = [coordinator.start(time.sleep, 60) for _ in range(2)]
     queued = coordinator.start(os.getpid)
