@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -97,6 +98,8 @@ def _load(file: Path | None, flags: dict[str, Any]) -> CoordinatorConfig:
 def _run(config: CoordinatorConfig) -> int:
     from herder_coordinator.journal.sqlite import SqliteJournal
 
+    gc.freeze()  # modules and classes live as long as the program
+    gc.set_threshold(50_000, 20, 20)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             runner.run(_serve(config, SqliteJournal.open))

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from herder_coordinator.core.effects import DropAgent, DropBlobs, Effect, Observe, Persist, SendToAgent, SendToClient
 from herder_coordinator.core.events import Event, Ticked
-from herder_coordinator.core.records import Record
+from herder_coordinator.core.records import EventsAcked, Record
 from herder_coordinator.core.state import State
 from herder_coordinator.core.step import next_deadline_s, step
 from herder_coordinator.journal.interface import Journal, JournalError
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.5
 #: The shortest: a deadline that has just passed must not make the loop spin.
 TICK_S_MIN = 0.001
-#: The next deadline is looked for at most this often.
-LOOK_S = 0.01
+#: The most records that wait for the next batch or tick.
+LAZY_MAX = 1_000
 #: A held effect's batch that waits longer than this for the disk makes the coordinator not ready.
 SYNC_HANGS_S = 30.0
 
@@ -83,12 +83,13 @@ class CoreLoop:
         self._questions: list[Question] = []
         self._turn_is_due = False
         self._tick: asyncio.TimerHandle | None = None
-        self._look: asyncio.TimerHandle | None = None
-        self._looked_s = 0.0
+        self._tick_s = 0.0
         self._is_stopped = False
         #: Batches given to the journal, and those it has on disk. Batch n's effects are in `_held` until `n <= _done`.
         self._appended = 0
         self._done = 0
+        #: Acknowledgements of clients: nobody waits for them, so they wait for the next batch, or the next tick.
+        self._lazy: list[Record] = []
         self._held: deque[tuple[int, list[Effect]]] = deque()
         #: How many held orders there are to drop each blob.
         self._dropping: Counter[BlobId] = Counter()
@@ -119,7 +120,7 @@ class CoreLoop:
     def start(self, effects: list[Effect]) -> None:
         """Carry out what the end of the replay asks for, and begin to tick."""
         self._conclude(effects)
-        self._tick = self._loop.call_at(self.now_s() + TICK_S, self._ticked)
+        self._set_tick()
 
     def sync_age_s(self) -> float:
         """For how long the oldest batch under way has been waiting for the disk."""
@@ -129,7 +130,8 @@ class CoreLoop:
         """Wait until nothing is queued or held. False when that took longer, or the loop has failed."""
         try:
             async with asyncio.timeout(timeout_s):
-                while not self._is_stopped and (self._turn_is_due or self._append_times_s):
+                while not self._is_stopped and (self._turn_is_due or self._append_times_s or self._lazy):
+                    self._append_lazy()
                     waiter = self._loop.create_future()
                     self._idle_waiters.append(waiter)
                     await waiter
@@ -143,9 +145,8 @@ class CoreLoop:
         self._events.clear()
         self._questions.clear()
         self._held.clear()
-        for timer in (self._tick, self._look):
-            if timer is not None:
-                timer.cancel()
+        if self._tick is not None:
+            self._tick.cancel()
         self._wake_idle_waiters()
 
     # --- a turn ------------------------------------------------------------------------------------------------------
@@ -198,7 +199,10 @@ class CoreLoop:
             else:
                 now.append(effect)
         self._carry_out(now)
-        if records:  # last: the journal's thread wakes up when this one has nothing more to do, and not to fight for it
+        # Last, so that the journal's thread wakes up when this one has nothing more to do, and not to fight for it.
+        if records and not durable and len(self._lazy) < LAZY_MAX and all(type(one) is EventsAcked for one in records):
+            self._lazy += records
+        elif records or durable:
             self._append(records)
         if durable:
             if self._done == self._appended:
@@ -206,7 +210,16 @@ class CoreLoop:
             else:
                 self._held.append((self._appended, durable))
 
+    def _append_lazy(self) -> None:
+        if self._lazy and not self._is_stopped:
+            self._append([])
+
     def _append(self, records: list[Record]) -> None:
+        """To the journal, behind what nobody waits for."""
+        if self._lazy:
+            records, self._lazy = self._lazy + records, []
+        if not records:
+            return
         self._appended += 1
         batch = self._appended
         self._append_times_s.append((batch, self.now_s()))
@@ -254,28 +267,23 @@ class CoreLoop:
 
     def _ticked(self) -> None:
         self._tick = None
+        self._append_lazy()
         self.raise_event(Ticked())
 
     def _set_tick(self) -> None:
-        """Have `Ticked` at the next deadline. Looking for it costs a look at every node: not in each of many turns."""
+        """Have `Ticked` at the next deadline. That it became later is noticed when the tick comes."""
+        if self._is_stopped:
+            return
         now_s = self.now_s()
-        if self._is_stopped or self._look is not None:
-            return
-        if now_s - self._looked_s < LOOK_S:
-            self._look = self._loop.call_at(self._looked_s + LOOK_S, self._look_again)
-            return
-        self._looked_s = now_s
         deadline_s = next_deadline_s(self.state)
         due_s = now_s + TICK_S if deadline_s is None else min(now_s + TICK_S, max(deadline_s, now_s + TICK_S_MIN))
         if self._tick is None:
+            self._tick_s = due_s
             self._tick = self._loop.call_at(due_s, self._ticked)
-        elif due_s < self._tick.when() - TICK_S_MIN:
+        elif due_s < self._tick_s - TICK_S_MIN:
             self._tick.cancel()
+            self._tick_s = due_s
             self._tick = self._loop.call_at(due_s, self._ticked)
-
-    def _look_again(self) -> None:
-        self._look = None
-        self._set_tick()
 
     # --- the journal's answers ---------------------------------------------------------------------------------------
 

@@ -37,6 +37,10 @@ START_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05, 0.1, 0.25, 0.5
 OWN_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5, 10.0)
 #: Values of labels other than workloads: more is a mistake, and becomes `other`.
 LABELS_MAX = 50
+#: Observations that are counted together: a step makes several of them, and most are of the same few kinds.
+UNSETTLED_MAX = 1_000
+
+Labels = tuple[tuple[str, str], ...]
 
 
 class Histogram:
@@ -102,6 +106,7 @@ class Metrics(Collector):
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
+        self._unsettled: list[Observe] = []
         self._workload_labels: set[str] = set()
         self._other_labels: dict[str, set[str]] = {}
         self._finished: dict[tuple[str, str], float] = {}
@@ -128,6 +133,24 @@ class Metrics(Collector):
 
     def observe(self, observation: Observe) -> None:
         """Count what the core noticed. Kinds that no metric is made of are for the log alone."""
+        self._unsettled.append(observation)
+        if len(self._unsettled) >= UNSETTLED_MAX:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count what was observed since, all of one kind and the same labels at once."""
+        observations, self._unsettled = self._unsettled, []
+        amounts: dict[tuple[str, Labels], float] = {}
+        values: dict[tuple[str, Labels], list[float]] = {}
+        for one in observations:
+            key = (one.kind, one.labels)
+            amounts[key] = amounts.get(key, 0.0) + one.value
+            if one.values:
+                values.setdefault(key, []).extend(one.values)
+        for (kind, labels), amount in amounts.items():
+            self._count(Observe(kind, labels, amount, None, tuple(values.get((kind, labels), ()))))
+
+    def _count(self, observation: Observe) -> None:
         labels = dict(observation.labels)
         match observation.kind:
             case "task_ended":
@@ -210,6 +233,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every metric family, with its samples as of now."""
+        self._settle()
         build = GaugeMetricFamily("herder_build_info", "Always 1.", labels=["component", "version", "python"])
         build.add_metric(["coordinator", self._sources.version, platform.python_version()], 1)
         yield build

@@ -235,7 +235,7 @@ class AcceptorSession(Session):
 
     def _decode(self, body: memoryview) -> Message:
         message = super()._decode(body)
-        if isinstance(message, ADMIN_VERBS) and self.peer.role != "admin":
+        if type(message) in ADMIN_VERBS and self.peer.role != "admin":
             raise _forbidden(self.peer, type(message).__name__)
         return message
 
