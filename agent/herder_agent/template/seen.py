@@ -30,15 +30,19 @@ class Task:
         self.cpus: tuple[int, ...] = tuple(head.get("cpus") or ())
         self.gpus: tuple[int, ...] = tuple(head.get("gpus") or ())
         self._scratch: str | None = head.get("scratch")
-        #: The process that made the scratch folder, 0 while nobody has.
+        #: The process that made the scratch folder; 0 while nobody has, -1 when it was there.
         self._pid = 0
 
     @property
     def scratch(self) -> str | None:
         """A private folder on the node, made when it is first asked for and removed after the attempt."""
         if self._scratch is not None and not self._pid:
-            os.makedirs(self._scratch, 0o700, exist_ok=True)
-            self._pid = os.getpid()
+            try:
+                os.makedirs(self._scratch, 0o700)
+            except FileExistsError:
+                self._pid = -1  # whoever made it removes it: a process of this task, or the agent
+            else:
+                self._pid = os.getpid()
         return self._scratch
 
     def clean(self) -> None:

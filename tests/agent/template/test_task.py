@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -32,7 +33,7 @@ def test_usage_is_this_tasks_own(bare: driver.Template) -> None:
     assert head["wall"] >= 0.04
 
 
-def test_limits_affinity_environment_and_scratch_are_set(bare: driver.Template) -> None:
+def test_limits_affinity_environment_and_scratch_are_set(bare: driver.Template, tmp_path: Path) -> None:
     def look() -> Any:
         import resource
 
@@ -46,8 +47,9 @@ def test_limits_affinity_environment_and_scratch_are_set(bare: driver.Template) 
     cpu = min(os.sched_getaffinity(0))
     options = {"limits": {"RLIMIT_CORE": [0, 0]}, "cpus": [cpu], "env": {"COLOUR": "red"}, "threads": 2}
     child = bare.fork()
-    found = child.run(look, **options, scratch="/tmp", ordinal=2)
-    assert found == ((0, 0), [cpu], ("red", "2"), "j0b.7", 2, "here", "/tmp")
+    scratch = str(tmp_path / "scratch")
+    found = child.run(look, **options, scratch=scratch, ordinal=2)
+    assert found == ((0, 0), [cpu], ("red", "2"), "j0b.7", 2, "here", scratch)
 
 
 def test_memory_limit_is_a_memory_error_of_the_task_alone(bare: driver.Template) -> None:
