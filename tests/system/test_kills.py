@@ -149,12 +149,14 @@ def test_killed_coordinator_comes_back_and_every_task_ends_once(
     cluster: LocalCluster, tmp_path: Path, idempotent: bool
 ) -> None:
     gate = tmp_path / "gate"
-    names = [f"t{n:03d}" for n in range(200)]
+    names = [f"t{n:03d}" for n in range(100)]
     with cluster.client(idempotent=idempotent) as client:
         running = {name: client.submit(_run, str(tmp_path), name, str(gate)) for name in names[:4]}
         _until(lambda: all(_ran(tmp_path, name) for name in names[:4]), "four running tasks")
         queued = {name: client.submit(_run, str(tmp_path), name, str(gate)) for name in names[4:]}
-        _until(lambda: len(client.jobs()) >= 1 and sum(job.tasks for job in client.jobs()) == 200, "the submission")
+        _until(
+            lambda: len(client.jobs()) >= 1 and sum(job.tasks for job in client.jobs()) == len(names), "the submission"
+        )
         cluster.processes["coordinator"].popen.kill()
         gate.touch()  # the four end while nobody listens
         cluster.restart("coordinator")
@@ -171,13 +173,13 @@ def test_coordinator_killed_again_and_again_under_load_loses_and_doubles_nothing
 ) -> None:
     gate = tmp_path / "gate"
     gate.touch()
-    names = [f"t{n:03d}" for n in range(300)]
+    names = [f"t{n:03d}" for n in range(100)]
     with cluster.client(idempotent=False) as client:
         futures = []
         for n, name in enumerate(names):
             futures.append(client.submit(_run, str(tmp_path), name, str(gate)))
-            if n % 100 == 50:
-                _until(futures[-40].done, "some progress")
+            if n % 30 == 25:
+                _until(futures[-20].done, "some progress")
                 cluster.processes["coordinator"].popen.kill()
                 cluster.restart("coordinator")
         assert sorted(future.result(WAIT_S) for future in futures) == names
