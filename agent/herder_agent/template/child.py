@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Threads which a task left running get this long to end, as at the end of a program.
 EXIT_LIMIT_S = 5.0
+#: The interpreter specialises code that has run this often, and a little more.
+WARM_UP_ROUNDS = 20
 #: Status of a child whose own code, not the task's, went wrong.
 STATUS_INTERNAL = 70
 
@@ -87,6 +89,21 @@ def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
     finally:
         leave(status)
     raise AssertionError("not reached")
+
+
+def warm_up(plan: Plan) -> None:
+    """In the template: do what children will do, often enough that the interpreter's caches are full and its code has
+    specialised itself. What it writes now, no child has to."""
+    agent, own = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    plan.channel.socket = own
+    for _ in range(WARM_UP_ROUNDS):
+        plan.rehearsal.run(plan.runner)
+        agent.sendall(plan.rehearsal.frame)
+        serve(plan.channel, plan.runner, 1)
+        agent.recv(wire.BUFFER_BYTES)
+    plan.runner.forget()
+    own.close()
+    agent.close()
 
 
 def run_fresh(fd: int) -> NoReturn:

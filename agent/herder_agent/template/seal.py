@@ -30,6 +30,7 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     hooks.leave_out()
     plan.kept = [_kept(fd) for fd in kept]
     _ = gc.collect()
+    child.warm_up(plan)
     gc.freeze()
     applied = []
     if system.memory_bytes()[1] > COLLAPSE_BYTES_MIN:

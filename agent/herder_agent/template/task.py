@@ -128,6 +128,11 @@ class Runner:
         self.seen.leave()
         flush_all()
 
+    def forget(self) -> None:
+        """Be as if no task had run."""
+        self._functions.clear()
+        self._below = None
+
     def restore(self) -> None:
         """Put back what a task may have left changed: folder, environment, umask, signal handlers, alarms."""
         if self._baseline is not None:
@@ -277,7 +282,7 @@ class Rehearsal:
 
         function, args = cloudpickle.dumps(lambda: None, protocol=5), pickle.dumps(((), {}), 5)
         self._body = function + args
-        self._head = wire.pack(
+        self.frame = wire.pack(
             {
                 "t": "task",
                 "attempt": "",
@@ -289,8 +294,10 @@ class Rehearsal:
                 "threads": 0,
                 "env": {},
                 "limits": {},
-            }
-        )[wire.HEADER.size :]
+            },
+            self._body,
+        )
+        self._head = self.frame[wire.HEADER.size : -len(self._body)]
 
     def run(self, runner: Runner) -> None:
         runner.rehearse(wire.decode_head(self._head), memoryview(self._body))
