@@ -174,7 +174,10 @@ class Agents:
         agent = self._links.get(session)
         if agent is None or agent.node != node:
             return
-        self._unflushed[agent.link] = None
+        if type(message) is m.AckAttempts:  # the agent may only forget something
+            agent.link.flush_later()
+        else:
+            self._unflushed[agent.link] = None
         try:
             agent.link.put(message)
         except PayloadTooLarge as error:

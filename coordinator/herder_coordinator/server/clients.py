@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Messages of one link that wait behind a submission whose blob is on its way.
 HELD_MAX = 4_096
+#: A client forgets something, or shows something: it goes with the next end, if that comes soon.
+_NOT_URGENT = (m.SubmitOk, m.TasksStarted)
 
 
 @dataclass(slots=True, eq=False)
@@ -225,7 +227,10 @@ class Clients:
         found = self._by_client.get(client)
         if found is None:
             return
-        self._unflushed[found.link] = None
+        if type(message) in _NOT_URGENT:
+            found.link.flush_later()
+        else:
+            self._unflushed[found.link] = None
         try:
             found.link.put(message)
         except PayloadTooLarge:

@@ -29,6 +29,8 @@ _log = logging.getLogger("herder.wire")
 
 #: How long a closed connection may wait for the peer's end of stream.
 _LINGER_S = 1.0
+#: How long a message that nobody waits for may wait for one to travel with: each write wakes up the peer.
+FLUSH_LATER_S = 0.005
 
 
 class Link:
@@ -82,6 +84,10 @@ class Link:
         """Write now what waits."""
         self._connection.flush()
 
+    def flush_later(self) -> None:
+        """Write what waits with the next that is written, or in `FLUSH_LATER_S`: for what nobody waits for."""
+        self._connection.flush_later()
+
     def pause_reading(self) -> None:
         """Take no more from the peer until `resume_reading`. Its heartbeats are not heard either."""
         self._connection.pause_reading()
@@ -134,6 +140,7 @@ class Connection(asyncio.Protocol):
         self._unsent_bytes = 0
         #: Whether `flush` has been ordered from the loop.
         self._unsent_is_due = False
+        self._late_timer: asyncio.TimerHandle | None = None
         #: Since when we do not listen, on the loop's clock.
         self._paused_s: float | None = None
         self._greeting_timer: asyncio.TimerHandle | None = None
@@ -197,6 +204,10 @@ class Connection(asyncio.Protocol):
     def flush(self) -> None:
         self._unsent_is_due = False
         self._write_unsent()
+
+    def flush_later(self) -> None:
+        if self._late_timer is None and not self.is_ended:
+            self._late_timer = self._loop.call_later(FLUSH_LATER_S, self._flush_late)
 
     def pause_reading(self) -> None:
         if self._transport is not None and not self.is_ended and self._paused_s is None:
@@ -305,6 +316,10 @@ class Connection(asyncio.Protocol):
                 Unreachable(f"{self._who()} does not read: more than {self._send_buffer_bytes_max} bytes wait for it")
             )
 
+    def _flush_late(self) -> None:
+        self._late_timer = None
+        self._write_unsent()
+
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
@@ -331,6 +346,9 @@ class Connection(asyncio.Protocol):
         self.error = error
         self._unsent.clear()
         self._unsent_bytes = 0
+        if self._late_timer is not None:
+            self._late_timer.cancel()
+            self._late_timer = None
         self._stop_greeting()
         if self.link is not None:
             self._loop.call_soon(self._observer.closed, self.link, error)
