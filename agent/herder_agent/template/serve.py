@@ -16,7 +16,6 @@ such an orphan, and is killed. `exited` is sent when the last of them is gone: t
 from __future__ import annotations
 
 import _socket
-import errno
 import os
 import select
 import signal
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 #: An orphan that does not die of SIGKILL (it hangs in the kernel) holds up `exited` no longer than this.
 ORPHAN_LIMIT_S = 5.0
+#: Children are forked so many in a row, and told of together: more would let the first one's task wait.
+FORKS_IN_A_ROW = 4
 #: Rounds of killing a tree of processes that forks while it is being killed.
 KILL_ROUNDS_MAX = 16
 
@@ -50,6 +51,39 @@ class Child:
         self.message = ""
 
 
+class Ends:
+    """Both ends of a child's pipes and, where it has one, of its task socket."""
+
+    __slots__ = ("far", "ours", "theirs")
+
+    def __init__(self, has_channel: bool, pipes: int) -> None:
+        self.far: _socket.socket | None = None
+        self.ours: list[int] = []
+        self.theirs: list[int] = []
+        try:
+            if has_channel:
+                near, self.far = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+                self.ours.append(near.detach())
+            for _ in range(pipes):
+                read, write = os.pipe2(os.O_CLOEXEC)
+                self.ours.append(read)
+                self.theirs.append(write)
+        except OSError:
+            self.close()
+            raise
+
+    def close_theirs(self) -> None:
+        for fd in self.theirs:
+            os.close(fd)
+        if self.far is not None:
+            self.far.close()
+
+    def close(self) -> None:
+        self.close_theirs()
+        for fd in self.ours:
+            os.close(fd)
+
+
 class Server:
     """Serves `fork`, `exec`, `kill`, `stats`, `exit`.
 
@@ -67,7 +101,7 @@ class Server:
         self._children: dict[int, Child] = {}
         self._by_fd: dict[int, Child] = {}
         self._unsent: list[bytes] = []
-        self._ended: list[tuple[float, dict[str, Any]]] = []
+        self._ended: list[tuple[float, bytes]] = []
         self._oom = _open_or_none("/proc/self/oom_score_adj", os.O_RDWR)
         self._below = _open_or_none(f"/proc/self/task/{self._pid}/children", os.O_RDONLY)
         #: Processes that preload or setup left behind on purpose.
@@ -120,12 +154,43 @@ class Server:
                 return True
 
     def _fork_all(self, head: dict[str, Any]) -> None:
+        ids = [each["child"] for each in head.get("children", ())]
         self._score(system.CHILD_OOM_SCORE_ADJ)
         try:
-            for each in head.get("children", ()):
-                self._make(each["child"], None, -1)
+            for start in range(0, len(ids), FORKS_IN_A_ROW):
+                self._fork_some(ids[start : start + FORKS_IN_A_ROW])
         finally:
             self._score(0)
+
+    def _fork_some(self, ids: list[int]) -> None:
+        """Fork these children, and tell of all of them at once.
+
+        After a fork each page that is written to must be copied, here as in the child: so nothing is done between two.
+        """
+        become_child, parent, fork = self._become_child, self._pid, os.fork
+        if become_child is None:
+            for id in ids:  # noqa: A001
+                self._refuse(id, "a spawner has no workload to fork")
+            return
+        prepared: list[tuple[int, Ends]] = []
+        forked: list[tuple[int, Ends, int]] = []
+        for id in ids:  # noqa: A001
+            try:
+                prepared.append((id, Ends(has_channel=True, pipes=2)))
+            except OSError as error:
+                self._refuse(id, error.strerror)
+        for id, ends in prepared:  # noqa: A001
+            try:
+                pid = fork()
+            except OSError as error:
+                ends.close()
+                self._refuse(id, error.strerror)
+                continue
+            if pid == 0:
+                assert ends.far is not None
+                become_child(parent, (ends.far, ends.theirs[0], ends.theirs[1]))
+            forked.append((id, ends, pid))
+        self._announce([self._adopt(child, ends, pid, -1) for child, ends, pid in forked])
 
     def _exec(self, head: dict[str, Any]) -> None:
         stdin = self._channel.take_descriptors(1)[0] if head.get("stdin") else -1
@@ -137,53 +202,35 @@ class Server:
             if stdin >= 0:
                 os.close(stdin)
 
-    def _make(self, id: int, program: dict[str, Any] | None, stdin: int) -> None:  # noqa: A002
-        """Fork a child, for a task (`program` is None) or to exec. Sends `forked`, at once or when the exec is
-        known."""
-        theirs: list[int] = []
-        ours: list[int] = []
-        far: _socket.socket | None = None
+    def _make(self, id: int, program: dict[str, Any], stdin: int) -> None:  # noqa: A002
+        """Fork a child which execs. Its `forked` is sent when the exec has succeeded."""
         try:
-            if program is None and self._become_child is None:
-                raise OSError(errno.ENOSYS, "a spawner has no workload to fork")
-            if program is None or program.get("kind") == "fresh":
-                near, far = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-                ours.append(near.detach())
-            for _ in range(2):
-                read, write = os.pipe2(os.O_CLOEXEC)
-                ours.append(read)
-                theirs.append(write)
-            failure = -1
-            if program is not None:
-                failure, write = os.pipe2(os.O_CLOEXEC)
-                theirs.append(write)
+            ends = Ends(has_channel=program.get("kind") == "fresh", pipes=3)
+        except OSError as error:
+            self._refuse(id, error.strerror)
+            return
+        try:
             pid = os.fork()
         except OSError as error:
-            for fd in (*ours, *theirs):
-                os.close(fd)
-            if far is not None:
-                far.close()
-            self._send({"t": "fork_failed", "child": id, "message": f"cannot fork: {error.strerror}"})
+            ends.close()
+            self._refuse(id, error.strerror)
             return
         if pid == 0:
-            if program is None:
-                assert self._become_child is not None
-                assert far is not None
-                self._become_child(self._pid, (far, theirs[0], theirs[1]))
-            channel = -1 if far is None else far.detach()
-            spawn.run(program, self._pid, (channel, theirs[0], theirs[1]), stdin, theirs[2])
+            channel = -1 if ends.far is None else ends.far.detach()
+            spawn.run(program, self._pid, (channel, ends.theirs[0], ends.theirs[1]), stdin, ends.theirs[2])
+        failure = ends.ours.pop()  # the pipe that tells of it stays here
+        self._watch(failure, self._adopt(id, ends, pid, failure))
+
+    def _refuse(self, id: int, reason: str | None) -> None:  # noqa: A002
+        self._send({"t": "fork_failed", "child": id, "message": f"cannot fork: {reason}"})
+
+    def _adopt(self, id: int, ends: Ends, pid: int, failure: int) -> Child:  # noqa: A002
         pidfd = os.pidfd_open(pid)
-        for fd in theirs:
-            os.close(fd)
-        if far is not None:
-            far.close()
-        made = Child(id, pid, pidfd, ours, failure)
+        ends.close_theirs()
+        made = Child(id, pid, pidfd, ends.ours, failure)
         self._children[id] = made
         self._watch(pidfd, made)
-        if failure >= 0:
-            self._watch(failure, made)
-        else:
-            self._announce(made)
+        return made
 
     def _watch(self, fd: int, made: Child) -> None:
         self._by_fd[fd] = made
@@ -195,11 +242,20 @@ class Server:
         del self._by_fd[fd]
         os.close(fd)
 
-    def _announce(self, made: Child) -> None:
+    def _announce(self, children: list[Child]) -> None:
+        """Tell of these children in one message of the socket's; each frame takes its descriptors in turn."""
         self._send_unsent()
-        fds = [*made.fds, made.pidfd]
-        self._channel.send({"t": "forked", "child": made.id, "pid": made.pid, "fds": len(fds)}, b"", fds)
-        self._drop_ends(made)
+        frames: list[bytes] = []
+        fds: list[int] = []
+        for made in children:
+            own = [*made.fds, made.pidfd]
+            fds += own
+            head = b'{"t":"forked","child":%d,"pid":%d,"fds":%d}' % (made.id, made.pid, len(own))
+            frames.append(wire.HEADER.pack(len(head), 0) + head)
+        if frames:
+            self._channel.send_packed(b"".join(frames), fds)
+        for made in children:
+            self._drop_ends(made)
 
     def _drop_ends(self, made: Child) -> None:
         for fd in made.fds:
@@ -219,7 +275,7 @@ class Server:
         if made.message:
             self._drop_ends(made)
         else:
-            self._announce(made)
+            self._announce([made])
 
     def _reap(self, made: Child) -> None:
         _signal_group(made.pid, signal.SIGKILL)
@@ -229,29 +285,18 @@ class Server:
         if made.message:
             self._send({"t": "fork_failed", "child": made.id, "message": made.message})
             return
-        head = {
-            "t": "exited",
-            "child": made.id,
-            "pid": made.pid,
-            "status": status,
-            "utime": usage.ru_utime,
-            "stime": usage.ru_stime,
-            "minflt": usage.ru_minflt,
-            "majflt": usage.ru_majflt,
-            "nvcsw": usage.ru_nvcsw,
-            "nivcsw": usage.ru_nivcsw,
-        }
-        if self._ended or self._kill_orphans():
-            self._ended.append((time.monotonic() + ORPHAN_LIMIT_S, head))
-        else:
-            self._send(head)
+        head = (
+            f'{{"t":"exited","child":{made.id},"pid":{made.pid},"status":{status},"utime":{usage.ru_utime!r},'
+            f'"stime":{usage.ru_stime!r},"minflt":{usage.ru_minflt},"majflt":{usage.ru_majflt},'
+            f'"nvcsw":{usage.ru_nvcsw},"nivcsw":{usage.ru_nivcsw}}}'
+        ).encode()
+        self._ended.append((time.monotonic() + ORPHAN_LIMIT_S, wire.HEADER.pack(len(head), 0) + head))
 
     def _settle_ended(self) -> None:
         """Report the children whose orphans are gone by now."""
         if not self._ended or (self._kill_orphans() and time.monotonic() < self._ended[0][0]):
             return
-        for _, head in self._ended:
-            self._send(head)
+        self._unsent.extend(frame for _, frame in self._ended)
         self._ended.clear()
 
     def _kill_orphans(self) -> bool:

@@ -103,3 +103,15 @@ def test_frames_that_came_together_with_open_are_answered() -> None:
         assert [running.frames.receive()[0]["t"] for _ in frames] == ["ready", "stats"]
     finally:
         running.close()
+
+
+def test_children_forked_in_a_row_each_have_their_own_ends(bare: driver.Template) -> None:
+    ids = list(range(100, 109))
+    bare.frames.send({"t": "fork", "n": len(ids), "children": [{"child": id} for id in ids]})  # noqa: A001
+    children = [bare._expect_child(id) for id in ids]  # noqa: A001
+    for child in children:
+        child.send(lambda: print(os.getpid()))
+    for child in reversed(children):
+        assert child.answer()[0]["t"] == "result"
+        assert child.exited()["pid"] == child.pid
+        assert child.output()[0] == f"{child.pid}\n"
