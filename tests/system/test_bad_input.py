@@ -39,12 +39,12 @@ def client(cluster: LocalCluster) -> Iterator[herder.Client]:
 
 
 class _NoUnpickle(Exception):
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(first)
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, ("not a number",)
 
 
 def _raise_not_unpicklable() -> None:
-    raise _NoUnpickle("one", "two")
+    raise _NoUnpickle("one")
 
 
 def _return_lock() -> object:

@@ -3,9 +3,11 @@ unpickle."""
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 import sys
 import traceback
+from types import FunctionType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +20,19 @@ PICKLE_BYTES_MAX = 1 << 20
 #: How far into a value the search for what does not pickle goes.
 SEARCH_DEPTH_MAX = 6
 SEARCH_ITEMS_MAX = 2_000
+
+#: Built-in exceptions that keep more than `args` and attributes.
+_WITH_OWN_STATE = (
+    OSError,
+    ImportError,
+    AttributeError,
+    NameError,
+    StopIteration,
+    SyntaxError,
+    SystemExit,
+    UnicodeError,
+    BaseExceptionGroup,
+)
 
 _OURS = __file__.rpartition("/")[0] + "/"
 
@@ -84,17 +99,43 @@ def _drop_our_frames(report: traceback.TracebackException, seen: set[int]) -> No
 def pickle_exception(error: BaseException) -> bytes | None:
     """The exception's pickle, or None when it has none that unpickles to an exception of its type.
 
-    Unpickling is tried here because the classic mistake, an `__init__` whose arguments are not `args`, shows only then.
+    Unpickling is tried here: that a class's own reduction is wrong shows only then.
     """
-    import cloudpickle
-
     try:
-        content: bytes = cloudpickle.dumps(error, protocol=5)
+        content = _dump_exception(error)
         if len(content) > PICKLE_BYTES_MAX or type(pickle.loads(content)) is not type(error):
             return None
     except Exception:  # noqa: BLE001 - whatever the user's reduction raises: the text is sent instead
         return None
     return content
+
+
+def _dump_exception(error: BaseException) -> bytes:
+    import io
+
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, BaseException) and _has_own_init(type(obj)):
+                return copyreg.__newobj__, (type(obj), *obj.args), vars(obj) or None  # type: ignore[attr-defined]
+            return super().reducer_override(obj)
+
+    file = io.BytesIO()
+    Pickler(file, protocol=5).dump(error)
+    return file.getvalue()
+
+
+def _has_own_init(kind: type[BaseException]) -> bool:
+    """Whether rebuilding as exceptions do it, `kind(*args)`, would call an `__init__` of the user's, which may well
+    take something else than what it left in `args`. Its `args` and attributes are all there is to such an exception."""
+    return (
+        isinstance(kind.__init__, FunctionType)
+        and not isinstance(kind.__new__, FunctionType)
+        and kind.__reduce__ is BaseException.__reduce__
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and not issubclass(kind, _WITH_OWN_STATE)
+    )
 
 
 def unpickling_message(what: str, error: BaseException) -> str:

@@ -60,13 +60,29 @@ def test_the_whole_chain_of_causes_and_notes_is_in_the_traceback(child: driver.C
     assert error.__notes__ == ["a note"]
 
 
+def test_exception_whose_init_takes_other_arguments_comes_back_with_what_it_holds(child: driver.Child) -> None:
+    def broken() -> None:
+        class Picky(ValueError):
+            def __init__(self, code: int, *, detail: str) -> None:
+                super().__init__(f"code {code}")
+                self.code, self.detail = code, detail
+
+        raise Picky(3, detail="more")
+
+    child.send(broken)
+    _, error = child.answer()
+    assert isinstance(error, ValueError)
+    assert (str(error), error.args) == ("code 3", ("code 3",))
+    assert vars(error) == {"code": 3, "detail": "more"}
+
+
 def test_exception_that_does_not_unpickle_comes_as_text(child: driver.Child) -> None:
     def broken() -> None:
         class Picky(Exception):
-            def __init__(self, one: int, two: int) -> None:
-                super().__init__("picky text")
+            def __reduce__(self) -> tuple[Any, ...]:
+                return int, ("not a number",)
 
-        raise Picky(1, 2)
+        raise Picky("picky text")
 
     child.send(broken)
     head, error = child.answer()
