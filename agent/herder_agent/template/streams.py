@@ -28,14 +28,46 @@ def task_seed(seed: int, job: str, index: int) -> int:
     return int.from_bytes(digest, "big")
 
 
+_SEEDERS: dict[str, Callable[[Any, int], object]] = {
+    "random": lambda module, seed: module.seed(seed),
+    # A word more: `random` makes the same stream of the same two.
+    "numpy.random": lambda module, seed: module.seed([seed & 0xFFFFFFFF, seed >> 32, 1]),
+    "torch": lambda module, seed: module.manual_seed(seed & 0x7FFFFFFFFFFFFFFF),
+}
+
+
 def seed_all(seed: int) -> None:
     """Give the module-wide random streams that exist in this process this seed of 64 bits."""
-    if "random" in sys.modules:
-        sys.modules["random"].seed(seed)
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed([seed & 0xFFFFFFFF, seed >> 32])
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    for name, give in _SEEDERS.items():
+        if name in sys.modules:
+            give(sys.modules[name], seed)
+
+
+class Latecomers:
+    """A finder that seeds the modules which a task imports only as it runs: what was preloaded must not matter."""
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Finds nothing by itself; what others find is seeded when it has been executed."""
+        if self.seed is None or name not in _SEEDERS:
+            return None
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target) if finder is not self else None
+            if spec is not None:
+                self._seed_after(name, spec.loader)
+                return spec
+        return None
+
+    def _seed_after(self, name: str, loader: Any) -> None:
+        execute, seed = loader.exec_module, self.seed
+
+        def execute_and_seed(module: Any) -> None:
+            execute(module)
+            _SEEDERS[name](module, seed or 0)
+
+        loader.exec_module = execute_and_seed
 
 
 def parting() -> Callable[[], None]:

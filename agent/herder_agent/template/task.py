@@ -67,6 +67,7 @@ class Runner:
         self._baseline: Baseline | None = None
         self._below: resource.struct_rusage | None = None
         self._discarding = False
+        self._latecomers = streams.Latecomers()
         self._pipes: tuple[int, ...] | None = None
 
     def run(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> None:
@@ -179,7 +180,16 @@ class Runner:
             self._redirect(bool(head.get("discard")))
         seed = head.get("seed")
         if seed is not None:
-            streams.seed_all(streams.task_seed(seed, head.get("job", ""), head.get("index", 0)))
+            self._seed(streams.task_seed(seed, head.get("job", ""), head.get("index", 0)))
+        elif self._latecomers.seed is not None:
+            self._seed(None)
+
+    def _seed(self, seed: int | None) -> None:
+        """Seed what is loaded and what the task will load. None: the task before had a seed, this one has not."""
+        if self._latecomers not in sys.meta_path:
+            sys.meta_path.insert(0, self._latecomers)
+        self._latecomers.seed = seed
+        streams.seed_all(int.from_bytes(os.urandom(8), "little") if seed is None else seed)
 
     def _redirect(self, discard: bool) -> None:
         """Send stdout and stderr to nowhere, or back to the pipes."""

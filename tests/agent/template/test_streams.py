@@ -80,6 +80,20 @@ def test_templates_own_stream_is_as_it_was() -> None:
     assert numpy_random.random() not in (first, 0.0)
 
 
+def test_a_module_that_the_task_itself_imports_is_seeded_too(numpy_template: driver.Template) -> None:
+    def draw() -> tuple[float, float]:
+        import random
+
+        import numpy as np
+
+        return random.random(), float(np.random.rand())
+
+    preloaded = numpy_template.fork().run(draw, seed=1)
+    with driver.ready() as bare:
+        assert bare.fork().run(draw, seed=1) == preloaded
+    assert preloaded[0] != preloaded[1]
+
+
 def test_seed_of_a_task_depends_on_all_three() -> None:
     seeds = {streams.task_seed(seed, job, index) for seed in (1, 2) for job in ("a", "b") for index in (0, 1)}
     assert len(seeds) == 8
