@@ -445,6 +445,8 @@ class Job:
 
     def cancel(self) -> None:
         """End every task that has not ended. Never blocks."""
+        if self._connection.is_foreign:
+            self._connection.check_usable()
         self._record.stop(running=self._cancel_running)
         self._connection.cancel(self._track.job, None, running=self._cancel_running)
 

@@ -417,6 +417,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
             yield f" element {_short(item)}", item
     elif isinstance(value, types.FunctionType):
         yield from _function_parts(value)
+    elif isinstance(value, concurrent.futures.Future):
+        return  # refused as a whole: what it is made of is nobody's concern
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
         yield ".__func__", value.__func__

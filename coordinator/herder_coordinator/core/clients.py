@@ -228,7 +228,7 @@ def cancel_requested(turn: Turn, event: events.CancelRequested) -> None:
 
 def cancel(turn: Turn, job: Job, indices: tuple[int, ...] | None, running: bool) -> None:
     """Cancel these tasks (None: all, and what still comes): at once where no attempt exists, else through the agent,
-    which knows better than we do whether an attempt has started: without `running` it stops only those that have not."""
+    which knows better whether an attempt has started: without `running` it stops only those that have not."""
     turn.record(records.CancelRequested(job.id, indices, running))
     held = [task for task in job.tasks.values() if task.node is not None and not task.cancel]
     for index in apply.cancel_tasks(job, indices, running):
