@@ -189,7 +189,9 @@ def peer_of(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> Peer:
     if len(names) != 1 or len(common) != 1:
         raise Unauthorized("the certificate has no Herder name: `herder init` and `herder up` make such ones")
     role, cluster = _parse_dns_name(names[0])
-    return Peer(role=role, name=common[0], cluster=cluster, serial=str(certificate.get("serialNumber", "")).lower())
+    return Peer(
+        role=role, name=common[0], cluster=cluster, serial=str(certificate.get("serialNumber", "")).lower().lstrip("0")
+    )
 
 
 def own_peer(identity: Path) -> Peer:
