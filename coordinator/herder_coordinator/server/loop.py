@@ -5,7 +5,8 @@ at the end of the turn steps through all of it. The turn's records go to the jou
 writer commits together with whatever else is queued (group commit). Effects marked `"now"` are carried out at the end
 of the turn; those marked `"durable"` wait in `_held`, by batch and in order, until the writer's thread has said that
 their batch and all before it are on disk. So an acknowledgement never overtakes what it acknowledges, and no task
-pays for an fsync of its own.
+pays for an fsync of its own. A submission waits a few milliseconds for the next batch (`_may_wait`): the end of a short
+task is then in the same commit.
 
 Nothing here awaits between reading the state and changing it, because nothing here awaits. Whoever wants to *read*
 the state in order after what was raised before (`ask`) gets a callback at the end of the turn.
@@ -24,13 +25,13 @@ from typing import Protocol
 
 from herder_coordinator.core.effects import DropAgent, DropBlobs, Effect, Observe, Persist, SendToAgent, SendToClient
 from herder_coordinator.core.events import Event, Ticked
-from herder_coordinator.core.records import EventsAcked, Record
+from herder_coordinator.core.records import AttemptsAssigned, EventsAcked, Record, TasksSubmitted
 from herder_coordinator.core.state import State
 from herder_coordinator.core.step import next_deadline_s, step
 from herder_coordinator.journal.interface import Journal, JournalError
 from herder_coordinator.server.coalesce import coalesce
 from herder_shared.ids import BlobId, Incarnation, NodeName
-from herder_shared.wire.messages import Message
+from herder_shared.wire.messages import Message, SubmitOk
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ log = logging.getLogger(__name__)
 TICK_S = 0.5
 #: The shortest: a deadline that has just passed must not make the loop spin.
 TICK_S_MIN = 0.001
-#: The most records that wait for the next batch or tick.
+#: The most records that wait for the next batch, and how long an acknowledgement may wait with them.
 LAZY_MAX = 1_000
+LAZY_S = 0.005
+#: What may wait: the client repeats a submission until it is acknowledged, and its acknowledgement of ends is a hint.
+_LAZY_RECORDS = (TasksSubmitted, AttemptsAssigned, EventsAcked)
 #: A held effect's batch that waits longer than this for the disk makes the coordinator not ready.
 SYNC_HANGS_S = 30.0
 
@@ -88,8 +92,9 @@ class CoreLoop:
         #: Batches given to the journal, and those it has on disk. Batch n's effects are in `_held` until `n <= _done`.
         self._appended = 0
         self._done = 0
-        #: Acknowledgements of clients: nobody waits for them, so they wait for the next batch, or the next tick.
+        #: Records that wait for the next batch, `LAZY_S` or the next tick: see `_may_wait`.
         self._lazy: list[Record] = []
+        self._lazy_timer: asyncio.TimerHandle | None = None
         self._held: deque[tuple[int, list[Effect]]] = deque()
         #: How many held orders there are to drop each blob.
         self._dropping: Counter[BlobId] = Counter()
@@ -145,8 +150,9 @@ class CoreLoop:
         self._events.clear()
         self._questions.clear()
         self._held.clear()
-        if self._tick is not None:
-            self._tick.cancel()
+        for timer in (self._tick, self._lazy_timer):
+            if timer is not None:
+                timer.cancel()
         self._wake_idle_waiters()
 
     # --- a turn ------------------------------------------------------------------------------------------------------
@@ -200,15 +206,24 @@ class CoreLoop:
                 now.append(effect)
         self._carry_out(now)
         # Last, so that the journal's thread wakes up when this one has nothing more to do, and not to fight for it.
-        if records and not durable and len(self._lazy) < LAZY_MAX and all(type(one) is EventsAcked for one in records):
+        if (records or self._lazy) and len(self._lazy) < LAZY_MAX and _may_wait(records, durable):
             self._lazy += records
-        elif records or durable:
+            if durable:
+                self._held.append((self._appended + 1, durable))
+                if self._lazy_timer is None:
+                    self._lazy_timer = self._loop.call_later(LAZY_S, self._lazy_due)
+            return
+        if records or durable:
             self._append(records)
         if durable:
             if self._done == self._appended:
                 self._carry_out(durable)
             else:
                 self._held.append((self._appended, durable))
+
+    def _lazy_due(self) -> None:
+        self._lazy_timer = None
+        self._append_lazy()
 
     def _append_lazy(self) -> None:
         if self._lazy and not self._is_stopped:
@@ -335,3 +350,11 @@ class CoreLoop:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _may_wait(records: list[Record], durable: list[Effect]) -> bool:
+    """Whether nobody waits for these records but a client's submission, which needs no answer soon: the end of a short
+    task then comes before, and both are one commit."""
+    return all(type(record) in _LAZY_RECORDS for record in records) and all(
+        type(effect) is SendToClient and type(effect.message) is SubmitOk for effect in durable
+    )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
 from coordinator.server.conftest import Run
 from herder_coordinator.core import events
 from herder_coordinator.core.effects import Observe
 from herder_coordinator.core.records import Record
 from herder_coordinator.core.state import new_state
 from herder_coordinator.journal.interface import JournalError
+from herder_coordinator.server import loop
 from herder_coordinator.server.loop import TICK_S, CoreLoop
 from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
 from herder_shared.wire import messages as m
@@ -122,7 +125,7 @@ def test_acknowledgements_wait_for_their_batch_and_keep_their_order(run: Run) ->
         lab.submit(1, 2)
         await lab.turned()
         assert lab.upto() == []
-        await asyncio.sleep(0.005)  # the loop's clock counts milliseconds
+        assert not await lab.core.wait_durable(0.02)
         assert lab.core.sync_age_s() > 0
         lab.journal.commit()
         await lab.turned()
@@ -130,6 +133,36 @@ def test_acknowledgements_wait_for_their_batch_and_keep_their_order(run: Run) ->
         assert lab.upto()[-1] == 3
         assert lab.outlets.commits == 2
         assert lab.core.sync_age_s() == 0
+
+    in_lab(run, test)
+
+
+def test_a_submission_is_written_with_the_next_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LAZY_S", 60.0)
+
+    async def test(lab: Lab) -> None:
+        lab.open()
+        lab.submit(0, 1)
+        await lab.turned()
+        commits = lab.outlets.commits
+        lab.submit(1, 1)
+        await lab.turned()
+        assert (lab.outlets.commits, lab.upto()[-1]) == (commits, 1)
+        lab.open(JobId("fedcba9876543210"))
+        await lab.turned()
+        assert (lab.outlets.commits, lab.upto()[-2:]) == (commits + 1, [2, 0])
+
+    in_lab(run, test)
+
+
+def test_a_submission_that_no_batch_follows_is_written_soon(run: Run) -> None:
+    async def test(lab: Lab) -> None:
+        lab.open()
+        await lab.turned()
+        lab.submit(0, 1)
+        async with asyncio.timeout(5):
+            while lab.upto()[-1] != 1:  # noqa: ASYNC110  nothing tells us
+                await asyncio.sleep(loop.LAZY_S)
 
     in_lab(run, test)
 
