@@ -196,8 +196,7 @@ class Turn:
             for first in range(0, len(ends), limits.BATCH_TASKS_MAX):
                 part = tuple(ends[first : first + limits.BATCH_TASKS_MAX])
                 effects.append(Persist(records.TasksEnded(job.id, cursor + first, part)))
-        for node, assigned in self._assigned.values():
-            effects.append(Persist(records.AttemptsAssigned(node.name, node.incarnation, tuple(assigned))))
+        effects += self._assignments()
         effects += [Persist(record) for record in self._last_records]
         effects += self._to_clients
         for job, started in self._started.values():
@@ -209,6 +208,20 @@ class Turn:
         effects += [Observe(kind, labels, amount) for (kind, labels), amount in self._counts.items()]
         for (kind, labels), values in self._values.items():
             effects.append(Observe(kind, labels, float(len(values)), None, tuple(values)))
+        return effects
+
+    def _assignments(self) -> list[Effect]:
+        """Without attempts that ended in the same step: an agent that is back may list one, which is then adopted, and
+        its end as well."""
+        if not self._assigned:
+            return []
+        ended = {(job.id, end.index) for job, _, ends in self._ends.values() for end in ends}
+        retried = {retry.attempt for retry in self._retries}
+        effects: list[Effect] = []
+        for node, assigned in self._assigned.values():
+            lasting = tuple(one for one in assigned if (one.job, one.index) not in ended and one.attempt not in retried)
+            if lasting:
+                effects.append(Persist(records.AttemptsAssigned(node.name, node.incarnation, lasting)))
         return effects
 
     def _unused_blobs(self) -> list[BlobId]:
