@@ -176,8 +176,12 @@ class Outbox:
         return done
 
     def cancel_ok(self, job: JobId, indices: tuple[int, ...] | None) -> None:
-        """This cancellation is durable."""
-        self._cancels = [each for each in self._cancels if each.job != job or each.indices != indices]
+        """The first such cancellation is durable. A harder one of the same tasks may be behind it, with its own
+        answer to come."""
+        for position, each in enumerate(self._cancels):
+            if each.job == job and each.indices == indices:
+                del self._cancels[position]
+                return
 
     def forget(self, job: JobId) -> list[Batch]:
         """Nothing more is to be said about this job: the batches that were not acknowledged."""

@@ -76,6 +76,16 @@ def test_what_was_not_acknowledged_is_said_again_in_order() -> None:
     assert outbox.pump() == []
 
 
+def test_a_harder_cancellation_is_said_again_until_it_is_answered_itself() -> None:
+    outbox = Outbox()
+    outbox.add(Cancel(JOB, None, False))
+    outbox.add(Cancel(JOB, None, True))
+    outbox.pump()
+    outbox.cancel_ok(JOB, None)
+    outbox.rewind()
+    assert outbox.pump() == [m.CancelTasks(JOB, None, True)]
+
+
 def test_open_is_known_to_be_heard() -> None:
     outbox = Outbox()
     outbox.add(Open(SPEC))
