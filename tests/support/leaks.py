@@ -148,8 +148,25 @@ def _differences(before: Footprint, private_tmp: Path, *, with_shm: bool) -> lis
         *(f"process {pid}: {children[pid]}" for pid in sorted(set(children) - before.children)),
         *(f"thread {threads[ident].name}" for ident in sorted(set(threads) - before.threads)),
         *(f"descriptor {fd}: {descriptors[fd]}" for fd in sorted(set(descriptors) - before.descriptors)),
-        *(f"file {name}" for name in sorted(now.files - before.files)),
+        *(f"file {name}" for name in sorted(now.files - before.files - _shared_memory_of_others(now.files))),
     ]
+
+
+def _shared_memory_of_others(files: frozenset[str]) -> set[str]:
+    """Those in `/dev/shm` that are mapped by a process which this run has not started: another user of the machine."""
+    candidates = {name for name in files if name.startswith(f"{SHM}/")}
+    if not candidates:
+        return set()
+    mark = f"{SESSION_VARIABLE}={os.environ.get(SESSION_VARIABLE)}".encode()
+    found: set[str] = set()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if mark not in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                maps = Path(f"/proc/{entry}/maps").read_text(errors="replace")
+                found.update(name for name in candidates if name in maps)
+    return found
 
 
 def _reap_adopted(before: Footprint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +70,24 @@ def test_a_grandchild_whose_parent_is_gone_is_still_found(tmp_path: Path) -> Non
     assert leaks.wait_until(lambda: any("sleep 600" in name for name in leaks.direct_children().values()), 5)
     leaks.end_leaked_children(before)
     assert leaks.leaks_since(before, tmp_path, with_shm=False) == []
+
+
+def test_shared_memory_of_another_user_of_the_machine_is_no_leak(tmp_path: Path) -> None:
+    before = leaks.footprint(tmp_path, with_shm=True)
+    code = (
+        "import mmap, os, sys; file = open(sys.argv[1], 'w+b'); file.truncate(4096); "
+        "mapped = mmap.mmap(file.fileno(), 4096); print(flush=True); sys.stdin.read(); os.unlink(sys.argv[1])"
+    )
+    name = f"/dev/shm/test-of-leaks-{os.getpid()}"
+    argv = [sys.executable, "-c", code, name]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        found = [line for line in leaks._differences(before, tmp_path, with_shm=True) if name in line]
+        Path(f"{name}-ours").touch()
+        ours = [line for line in leaks._differences(before, tmp_path, with_shm=True) if "-ours" in line]
+        Path(f"{name}-ours").unlink()
+        assert other.stdin is not None
+        other.stdin.close()
+    assert [line for line in found if line.startswith("file")] == []
+    assert ours == [f"file {name}-ours"]
