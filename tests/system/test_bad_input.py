@@ -161,8 +161,11 @@ def test_unknown_option_names_the_nearest(client: herder.Client) -> None:
 
 
 def test_command_that_is_not_there_is_named(client: herder.Client) -> None:
-    with pytest.raises(herder.HerderError, match="no-such-program"):
+    with pytest.raises(herder.CommandFailed, match="no-such-program") as caught:
         client.command(["no-such-program", "-x"]).result(WAIT_S)
+    assert caught.value.completed.returncode == 127
+    with pytest.raises(herder.CommandFailed, match="/no/such/folder"):
+        client.command(["pwd"], cwd="/no/such/folder").result(WAIT_S)
 
 
 def test_command_that_fails_carries_its_output(client: herder.Client) -> None:

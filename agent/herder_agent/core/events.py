@@ -150,8 +150,11 @@ class ChildForked:
 
 @dataclass(frozen=True, slots=True)
 class ChildForkFailed:
+    """`result` of a command whose program could not be executed: that is the command's own end, as a shell's 127 is."""
+
     child: int
     message: str
+    result: Payload | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -339,6 +339,11 @@ def _child_fork_failed(state: State, event: ChildForkFailed, now_s: float, effec
         return
     attempt, pool = child.attempt, child.pool
     launchers.forget_child(state, child)
+    if attempt is not None and event.result is not None:
+        attempt.result = event.result
+        message = f"the command could not be executed on {state.node}: {event.message}"
+        end(state, attempt, Outcome.FAILED, Failure(Cause.COMMAND_EXIT, message, exit_status=127), now_s, effects)
+        return
     if attempt is not None:
         failure = Failure(Cause.START_FAILED, f"it could not be started on {state.node}: {event.message}")
         end(state, attempt, Outcome.LOST, failure, now_s, effects)

@@ -14,6 +14,8 @@ from herder_shared.wire.messages import CommandResult, CommandSpec
 #: Output of a command that becomes its result, per stream: the first and the last so many bytes. It is held in memory.
 OUTPUT_HEAD_BYTES = 8 * MIB
 OUTPUT_TAIL_BYTES = 8 * MIB
+#: As a shell says it (POSIX, 2.8.2).
+STATUS_NOT_EXECUTED = 127
 #: Opens the file that is to be stdin, in the command's own process.
 _STDIN_SCRIPT = 'f=$1; shift; exec "$@" <"$f"'
 
@@ -46,6 +48,11 @@ def order(effect: SpawnCommand, command: CommandSpec, environment: dict[str, str
         "limits": {},
         "stdin": bool(command.stdin),
     }
+
+
+def not_executed(message: str) -> bytes:
+    """The result of a command whose program could not be executed, in a shell's terms."""
+    return _encode(CommandResult(STATUS_NOT_EXECUTED, b"", message.encode()))
 
 
 def stdin_file(command: CommandSpec) -> tuple[int, ...]:

@@ -72,6 +72,8 @@ class Forked(_Head, frozen=True, tag="forked"):
 class ForkFailed(_Head, frozen=True, tag="fork_failed"):
     child: int
     message: str = ""
+    #: The fork went well, and the program could not be executed.
+    exec: bool = False
 
 
 class Exited(_Head, frozen=True, tag="exited"):

@@ -103,6 +103,11 @@ class Children:
         """What was ordered will not come."""
         self._expected.pop(number, None)
 
+    def is_command(self, number: int) -> bool:
+        """Whether a command was ordered under this number."""
+        expected = self._expected.get(number)
+        return expected is not None and expected.command is not None
+
     def workload_of(self, child: Child) -> WorkloadSpec | None:
         """The workload for which a fresh interpreter was ordered."""
         expected = self._expected.get(child.number)

@@ -315,8 +315,9 @@ class AgentLoop:
             case control.Exited():
                 self.children.exited(head)
             case control.ForkFailed():
+                result = self._not_executed(head) if head.exec else None
                 self.children.not_forked(head.child)
-                self.dispatch(events.ChildForkFailed(head.child, head.message))
+                self.dispatch(events.ChildForkFailed(head.child, head.message, result))
             case control.Step():
                 audited = AuditStep(
                     head.step, head.seconds, head.rss, head.threads, head.verdict, head.findings, head.applied
@@ -392,6 +393,13 @@ class AgentLoop:
             self.dispatch(events.ChildForkFailed(effect.child, message))
 
         self.environments.get(effect.workload, with_environment, without)
+
+    def _not_executed(self, head: control.ForkFailed) -> Payload | None:
+        """What a shell would say of a command which is not there."""
+        if not self.children.is_command(head.child):
+            return None
+        content = command.not_executed(head.message)
+        return Payload(content, None, len(content))
 
     def _marks(self, start: AttemptStart, grant: fx.Grant) -> dict[str, str]:
         marks = {"HERDER_ATTEMPT": f"{self.place.cluster}/{start.attempt.epoch}.{start.attempt.n}"}

@@ -283,7 +283,7 @@ class Server:
         self._forget(made.pidfd)
         del self._children[made.id]
         if made.message:
-            self._send({"t": "fork_failed", "child": made.id, "message": made.message})
+            self._send({"t": "fork_failed", "child": made.id, "message": made.message, "exec": True})
             return
         head = (
             f'{{"t":"exited","child":{made.id},"pid":{made.pid},"status":{status},"utime":{usage.ru_utime!r},'

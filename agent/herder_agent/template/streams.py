@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 _TWISTER_BYTES = 624 * 4
 
 
-def task_seed(seed: int, job: str, index: int) -> int:
-    """H(seed, task): equal for all attempts of a task, on any node and under any start method; 64 bits."""
+def task_seed(seed: int, index: int) -> int:
+    """H(seed, index): equal for all attempts of a task, on any node, under any start method, and when the same program
+    runs again (a job's id is random, a task's index is not); 64 bits."""
     from _blake2 import blake2b  # hashlib would bring OpenSSL along
 
-    digest = blake2b(f"{seed}/{job}/{index}".encode(), digest_size=8, person=b"herder-seed").digest()
+    digest = blake2b(f"{seed}/{index}".encode(), digest_size=8, person=b"herder-seed").digest()
     return int.from_bytes(digest, "big")
 
 

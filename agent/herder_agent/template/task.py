@@ -180,7 +180,7 @@ class Runner:
             self._redirect(bool(head.get("discard")))
         seed = head.get("seed")
         if seed is not None:
-            self._seed(streams.task_seed(seed, head.get("job", ""), head.get("index", 0)))
+            self._seed(streams.task_seed(seed, head.get("index", 0)))
         elif self._latecomers.seed is not None:
             self._seed(None)
 
