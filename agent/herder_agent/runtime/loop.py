@@ -44,6 +44,9 @@ STARTED_DELAY_S = 0.005
 #: Ends are kept this long while attempts wait here, so that one message, and one acknowledgement, serves several. With
 #: nothing waiting they leave at once.
 _REPORT_DELAY_S = 0.002
+#: ... and this long while so many wait that the slots cannot run out of work meanwhile.
+_REPORT_DELAY_S_MAX = 0.008
+_QUEUED_PER_CORE = 4
 #: Leftovers that cannot be killed: looked at again later and later; given up, with a word, after so long.
 _SWEEP_RETRY_S = 0.001
 _SWEEP_RETRY_S_MAX = 0.5
@@ -216,7 +219,8 @@ class AgentLoop:
         if self._report_timer is not None:
             self._report_timer.cancel()
         if self.state.queue:
-            self._report_timer = self.loop.call_later(_REPORT_DELAY_S, self._report)
+            is_deep = len(self.state.queue) >= _QUEUED_PER_CORE * self.state.slots.total.cores
+            self._report_timer = self.loop.call_later(_REPORT_DELAY_S_MAX if is_deep else _REPORT_DELAY_S, self._report)
         else:
             self._report_timer = self.loop.call_soon(self._report)
 
