@@ -169,7 +169,7 @@ class Usage(_HotPart, frozen=True):
     memory_source: str = ""
     minor_faults: int = 0
     major_faults: int = 0
-    #: Slots held × time, from allocation to release.
+    #: Slots held × time, from allocation to the report of the end.
     core_s: float = 0.0
     pid: int = 0
 
