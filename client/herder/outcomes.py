@@ -62,6 +62,9 @@ class TaskUsage:
     core_s: float
     #: Of the process that ran it, on its node.
     pid: int
+    #: From and to storage, by its processes, where the kernel tells.
+    read_bytes: int = 0
+    write_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ def usage_of(usage: Usage) -> TaskUsage:
         major_faults=usage.major_faults,
         core_s=usage.core_s,
         pid=usage.pid,
+        read_bytes=usage.read_bytes,
+        write_bytes=usage.write_bytes,
     )
 
 

@@ -50,8 +50,8 @@ class Workload:
     prologue: str | None = None
     env: Mapping[str, str] | None = None
     working_dir: str | os.PathLike[str] | None = None
-    #: None reuses children without limit.
-    max_tasks_per_child: int | None = 1
+    #: None reuses children without limit. "auto" is one task a child, unless each child had to run `setup` itself.
+    max_tasks_per_child: int | Literal["auto"] | None = "auto"
     warm: int | None = None
     blas_threads: int | Literal["cores"] = "cores"
     #: Limit of the template itself, as bytes or "4GiB".
@@ -59,6 +59,8 @@ class Workload:
     immortal: bool = True
     #: Names of threads that are harmless to a fork.
     allow_threads: Sequence[str] = ()
+    #: Processes and threads of one task; None is the node's own limit.
+    pids: int | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -72,7 +74,9 @@ class Workload:
         _check_setup(self.setup)
         if not self.setup_timeout > 0:
             raise ValueError(f"setup_timeout must be more than 0 s, not {self.setup_timeout!r}")
-        _check_count("max_tasks_per_child", self.max_tasks_per_child, 1)
+        if self.max_tasks_per_child != "auto":
+            _check_count("max_tasks_per_child", self.max_tasks_per_child, 1)
+        _check_count("pids", self.pids, 1)
         _check_count("warm", self.warm, 0)
         if self.blas_threads != "cores":
             _check_count("blas_threads", self.blas_threads, 1)
@@ -113,14 +117,20 @@ class Workload:
             env=dict(self.env or {}),
             working_dir=None if self.working_dir is None else os.fspath(self.working_dir),
             paths=user_code_paths() if kind == "python" else (),
-            max_tasks_per_child=(self.max_tasks_per_child or 0) if kind == "python" else 1,
+            max_tasks_per_child=self._tasks_max() if kind == "python" else 1,
             warm=self.warm,
             blas_threads=self.blas_threads,
             memory_bytes=None if self.memory is None else size_bytes("memory", self.memory),
             immortal=self.immortal,
             allow_threads=tuple(self.allow_threads),
+            max_tasks_given=self.max_tasks_per_child != "auto",
+            pids=self.pids,
         )
         return WireWorkload(msgspec.structs.replace(spec, key=workload_key(spec)), code_by_value)
+
+    def _tasks_max(self) -> int:
+        """As on the wire: 0 is without limit."""
+        return 1 if self.max_tasks_per_child == "auto" else self.max_tasks_per_child or 0
 
 
 def workload_key(spec: WorkloadSpec) -> WorkloadKey:

@@ -100,6 +100,10 @@ class WorkloadSpec(_Part, frozen=True):
     immortal: bool = True
     #: Names of threads that the user declares harmless to a fork.
     allow_threads: tuple[str, ...] = ()
+    #: The user named `max_tasks_per_child`: children are not reused without being asked for.
+    max_tasks_given: bool = False
+    #: Processes and threads of one attempt; None = the node's own limit.
+    pids: int | None = None
 
 
 class TaskOptions(_Part, frozen=True):
@@ -172,6 +176,9 @@ class Usage(_HotPart, frozen=True):
     #: Slots held × time, from allocation to the report of the end.
     core_s: float = 0.0
     pid: int = 0
+    #: From and to storage, by its processes, where the kernel tells.
+    read_bytes: int = 0
+    write_bytes: int = 0
 
 
 class Failure(_Part, frozen=True):
@@ -302,6 +309,11 @@ class TemplateInfo(_Part, frozen=True):
     start_s: float = 0.0
     rss_bytes: int = 0
     children: int = 0
+    #: Of its memory: in memfds that forks and fresh interpreters share; and its own, which a fork must copy.
+    shared_bytes: int = 0
+    private_bytes: int = 0
+    #: The other templates of this workload on this node are its forks, or it is one of them.
+    replica: bool = False
 
 
 class AuditStep(_Part, frozen=True):
@@ -345,6 +357,19 @@ class WorkloadReport(_Part, frozen=True):
     fresh_start_s: float | None = None
     error: str = ""
     python: str = ""
+    #: How tasks get setup's value: "forked" with their template, "mapped" from memfds that a publisher filled, or
+    #: "per child", by running setup in each; "" without setup.
+    setup_mode: str = ""
+    setup_s: float | None = None
+    #: Why a workload that forked before is now given fresh interpreters; "" otherwise.
+    demoted: str = ""
+    #: What the user may want to know or do: costs, cures, what Herder decided for him. One line each.
+    notes: tuple[str, ...] = ()
+    #: Objects of setup's value that were made immortal; why none were ("" where they were, or nothing was to be done).
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    #: One bare fork from the sealed template, as it measured it itself.
+    fork_cost_s: float | None = None
 
 
 class NodeReport(_Part, frozen=True):
