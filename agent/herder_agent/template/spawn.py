@@ -52,6 +52,10 @@ def _exec(head: dict[str, Any], sockets: tuple[int, int, int], stdin: int) -> No
             raise NotEntered(error) from error
     if head.get("cpus"):
         os.sched_setaffinity(0, head["cpus"])
+    try:
+        system.enter_groups(head.get("groups") or [])
+    except OSError as error:
+        raise NotEntered(error) from error
     for name, (soft, hard) in (head.get("limits") or {}).items():
         system.set_limit(name, soft, hard)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):

@@ -1,0 +1,57 @@
+"""A private control group for a test, so that nothing that it makes is in anybody's way."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from herder_agent.runtime.cgroups import own_folders
+
+#: How long a group's last process may take to leave it.
+_EMPTY_S = 5.0
+
+
+def home() -> dict[str, Path]:
+    """Where this process is, of what limits can be had by: version 1's memory and pids, else version 2's group."""
+    own = own_folders()
+    legacy = {name: own[name] for name in ("memory", "pids") if name in own}
+    return legacy or {name: folder for name, folder in own.items() if not name}
+
+
+@contextmanager
+def private_group() -> Iterator[None]:
+    """This process, and what it starts, is in a group of its own meanwhile, where it may have one."""
+    made: list[tuple[Path, Path]] = []
+    for folder in home().values():
+        private = folder / f"test-of-herder-{os.getpid()}"
+        try:
+            private.mkdir()
+            made.append((folder, private))
+            (private / "cgroup.procs").write_text("0")
+        except OSError:
+            continue
+    try:
+        yield
+    finally:
+        for folder, private in made:
+            with suppress(OSError):
+                (folder / "cgroup.procs").write_text("0")
+            _remove(private)
+
+
+def _remove(private: Path) -> None:
+    deadline_s = time.monotonic() + _EMPTY_S
+    while True:
+        try:
+            for below in private.glob("herder-*"):
+                below.rmdir()
+            private.rmdir()
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+        else:
+            return
