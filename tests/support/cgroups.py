@@ -22,7 +22,7 @@ def home() -> dict[str, Path]:
 
 
 @contextmanager
-def private_group() -> Iterator[None]:
+def private_group() -> Iterator[list[Path]]:
     """This process, and what it starts, is in a group of its own meanwhile, where it may have one."""
     made: list[tuple[Path, Path]] = []
     for folder in home().values():
@@ -34,12 +34,23 @@ def private_group() -> Iterator[None]:
         except OSError:
             continue
     try:
-        yield
+        yield [private for _, private in made]
     finally:
         for folder, private in made:
             with suppress(OSError):
                 (folder / "cgroup.procs").write_text("0")
             _remove(private)
+
+
+@contextmanager
+def group_for_an_agent() -> Iterator[tuple[str, ...]]:
+    """Flags for an agent that is to use control groups; below a private one, where it may have one."""
+    with private_group() as made:
+        unified = next((private for private in made if (private / "cgroup.subtree_control").exists()), None)
+        if unified is not None:
+            # Of version 2 it must have one without other processes.
+            (unified.parent / "cgroup.procs").write_text("0")
+        yield () if unified is None else ("--cgroup", str(unified))
 
 
 def _remove(private: Path) -> None:

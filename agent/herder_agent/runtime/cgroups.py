@@ -160,12 +160,8 @@ class UnifiedGroup(Group):
         if not self.holds_memory:
             return
         self.has_peak = (self._folder / "memory.peak").exists()
-        try:
-            # Since Linux 6.12 a descriptor can forget the peak for itself.
-            self._peak_fd = os.open(self._folder / "memory.peak", os.O_RDWR | os.O_CLOEXEC)
-            os.write(self._peak_fd, b"0")
-        except OSError:
-            self.is_reusable = not self.has_peak
+        self._peak_fd = _resettable(self._folder / "memory.peak")
+        self.is_reusable = self._peak_fd >= 0 or not self.has_peak
         # One that runs over the limit takes the attempt's other processes with it: half an attempt is none.
         _write_if_there(self._folder / "memory.oom.group", "1")
         _write_if_there(self._folder / "memory.swap.max", "0")
@@ -183,14 +179,14 @@ class UnifiedGroup(Group):
         _write(self._folder / "memory.max", str(memory_bytes) if memory_bytes else "max")
 
     def _forget_peak(self) -> None:
-        if self._peak_fd >= 0 and self.is_reusable:
+        if self._peak_fd >= 0:
             os.write(self._peak_fd, b"0")
 
     def _account(self) -> Account:
         peak = kills = 0
         if self.holds_memory:
             kills = _fields(_read(self._folder / "memory.events")).get(b"oom_kill", 0)
-            if self._peak_fd >= 0 and self.is_reusable:
+            if self._peak_fd >= 0:
                 peak = int(os.pread(self._peak_fd, 100, 0))
             else:
                 peak = _number(self._folder / ("memory.peak" if self.has_peak else "memory.current"))
@@ -459,6 +455,20 @@ def io_bytes(text: bytes) -> tuple[int, int]:
     for way, amount in _IO_FIELD.findall(text):
         sums[way] += int(amount)
     return sums[b"r"], sums[b"w"]
+
+
+def _resettable(peak: Path) -> int:
+    """A descriptor of `memory.peak` that can forget what it has seen, as those of Linux 6.12 can; -1 where they cannot."""
+    try:
+        fd = os.open(peak, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        os.write(fd, b"0")
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
 
 
 def _remove_stale(base: Path) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from herder_agent.core import effects as fx
 from herder_agent.core import events
-from herder_agent.core.state import State
+from herder_agent.core.state import ChildPhase, State
 from herder_agent.core.step import next_deadline_s, step
 from herder_agent.launch import command, control, forkserver, fresh
 from herder_agent.launch.child import Child
@@ -391,6 +391,17 @@ class AgentLoop:
             spec, cluster=self.place.cluster, node=self.state.node, cloudpickle_path=self._cloudpickle
         )
         child.channel.send(opening, [spec.setup] if spec.setup else [])
+        if spec.memory_bytes:
+            over = partial(self._fresh_over, child)
+            self._template_watch.add(child.pid, spec.memory_bytes, partial(self._is_warming, child), over, True)
+
+    def _is_warming(self, child: Child) -> bool:
+        known = self.state.children.get(child.number)
+        return known is not None and known.phase is ChildPhase.WARMING
+
+    def _fresh_over(self, child: Child, message: str) -> None:
+        self.dispatch(events.ChildSetupFailed(child.number, Cause.SETUP_FAILED, message))
+        child.kill()
 
     def _spawn_command(self, effect: fx.SpawnCommand) -> None:
         start = effect.attempt

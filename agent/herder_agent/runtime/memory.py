@@ -126,20 +126,28 @@ class TemplateWatch:
         self._loop = loop
         self._timers: dict[int, asyncio.TimerHandle] = {}
 
-    def add(self, pid: int, limit_bytes: int, is_building: Callable[[], bool], over: Callable[[str], None]) -> None:
-        """Look at it until it has gone, or `remove`. `over(message)` is called once, when it has more than it may."""
+    def add(
+        self,
+        pid: int,
+        limit_bytes: int,
+        is_building: Callable[[], bool],
+        over: Callable[[str], None],
+        until_built: bool = False,
+    ) -> None:
+        """Look at it until it has gone, or `remove`; one that runs tasks itself `until_built`. `over(message)` is
+        called once, when it has more than it may."""
 
         def look() -> None:
-            used = own_bytes(pid)
             self._timers.pop(pid, None)
+            builds = is_building()
+            if until_built and not builds:
+                return
+            used = own_bytes(pid)
             if used > limit_bytes:
-                while_ = "while it was set up" if is_building() else "after it was set up"
-                over(
-                    f"the workload's process used {used} bytes of memory {while_}, its limit is {limit_bytes} (memory=)"
-                )
+                when = "while it was set up" if builds else "after it was set up"
+                over(f"the workload's process used {used} bytes of memory {when}, its limit is {limit_bytes} (memory=)")
             elif used:
-                period_s = _BUILD_PERIOD_S if is_building() else _SERVE_PERIOD_S
-                self._timers[pid] = self._loop.call_later(period_s, look)
+                self._timers[pid] = self._loop.call_later(_BUILD_PERIOD_S if builds else _SERVE_PERIOD_S, look)
 
         self._timers[pid] = self._loop.call_later(_BUILD_PERIOD_S, look)
 

@@ -68,7 +68,7 @@ def test_memory_limit_kills_and_is_told_from_a_crash_with_the_peak(groups: Group
     assert process.wait(20) == -signal.SIGKILL
     process.communicate()
     account = group.account()
-    assert account.oom_kills == 1
+    assert account.oom_kills >= 1
     assert account.peak_bytes == 48 * MIB
     groups.give_back(group)
 
