@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +59,10 @@ def _remove(private: Path) -> None:
     while True:
         try:
             for below in private.glob("herder-*"):
+                # Of a test that failed half-way.
+                for pid in (below / "cgroup.procs").read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
                 below.rmdir()
             private.rmdir()
         except OSError:

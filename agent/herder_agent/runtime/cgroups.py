@@ -65,6 +65,9 @@ class Group(ABC):
         #: Where a process writes "0" to enter.
         self.entrances = tuple(str(folder / "cgroup.procs") for folder in self._distinct)
         self._before = Account(0, 0)
+        self._limits: tuple[int, int] | None = None
+        #: Opening a file here costs three times what reading it does.
+        self._fds: dict[str, int] = {}
         for folder in self._distinct:
             folder.mkdir()
 
@@ -74,18 +77,21 @@ class Group(ABC):
         Raises:
             OSError: the kernel refuses.
         """
-        if self.holds_memory:
-            self._limit_memory(memory_bytes)
-        if self.holds_pids:
-            _write(self._folders["pids"] / "pids.max", str(pids) if pids else "max")
+        if self._limits != (memory_bytes, pids):
+            self._limits = None
+            if self.holds_memory:
+                self._limit_memory(memory_bytes)
+            if self.holds_pids:
+                _write(self._folders["pids"] / "pids.max", str(pids) if pids else "max")
+            self._limits = memory_bytes, pids
         self._forget_peak()
-        self._before = self._account()
+        self._before = self._counts()
 
     def account(self) -> Account:
         """What was used since `begin`. The peak counts file pages, which the kernel takes back before it kills."""
-        now, before = self._account(), self._before
+        now, before = self._counts(), self._before
         return Account(
-            now.peak_bytes,
+            self._peak_bytes(),
             now.oom_kills - before.oom_kills,
             now.has_use,
             now.user_s - before.user_s,
@@ -96,6 +102,7 @@ class Group(ABC):
 
     def processes(self) -> set[int]:
         """Who is in it now."""
+        # Not by a descriptor that is kept: version 1 shows the same list on it for a while.
         return {int(word) for folder in self._distinct for word in _read(folder / "cgroup.procs").split()}
 
     def kill(self) -> set[int]:
@@ -117,6 +124,19 @@ class Group(ABC):
                 folder.rmdir()
             except FileNotFoundError:
                 continue
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _get(self, path: str) -> bytes:
+        """What is in one of its files; nothing where there is none."""
+        fd = self._fds.get(path)
+        try:
+            if fd is None:
+                fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(fd, _READ_BYTES, 0)
+        except OSError:
+            return b""
 
     @abstractmethod
     def usage_bytes(self) -> int:
@@ -129,13 +149,18 @@ class Group(ABC):
     def _forget_peak(self) -> None: ...
 
     @abstractmethod
-    def _account(self) -> Account: ...
+    def _peak_bytes(self) -> int: ...
+
+    @abstractmethod
+    def _counts(self) -> Account:
+        """What only grows."""
 
     @abstractmethod
     def _kill_at_once(self) -> bool: ...
 
     def _kill_one_by_one(self, pids: set[int]) -> None:
         if self.holds_pids:
+            self._limits = None
             _write(self._folders["pids"] / "pids.max", "0")
         done: set[int] = set()
         for _ in range(_KILL_ROUNDS_MAX):
@@ -155,7 +180,9 @@ class UnifiedGroup(Group):
 
     def __init__(self, folders: dict[str, Path]) -> None:
         super().__init__(folders)
-        self._folder = self._distinct[0]
+        folder = self._folder = self._distinct[0]
+        self._files = [f"{folder}/{name}" for name in ("memory.current", "memory.events", "cpu.stat", "io.stat")]
+        self._peak_file = f"{folder}/memory.peak"
         self._peak_fd = -1
         if not self.holds_memory:
             return
@@ -167,7 +194,7 @@ class UnifiedGroup(Group):
         _write_if_there(self._folder / "memory.swap.max", "0")
 
     def usage_bytes(self) -> int:
-        return _number(self._folder / "memory.current") if self.holds_memory else 0
+        return _number(self._get(self._files[0])) if self.holds_memory else 0
 
     def remove(self) -> None:
         super().remove()
@@ -182,18 +209,18 @@ class UnifiedGroup(Group):
         if self._peak_fd >= 0:
             os.write(self._peak_fd, b"0")
 
-    def _account(self) -> Account:
-        peak = kills = 0
-        if self.holds_memory:
-            kills = _fields(_read(self._folder / "memory.events")).get(b"oom_kill", 0)
-            if self._peak_fd >= 0:
-                peak = int(os.pread(self._peak_fd, 100, 0))
-            else:
-                peak = _number(self._folder / ("memory.peak" if self.has_peak else "memory.current"))
-        cpu = _fields(_read(self._folder / "cpu.stat"))
+    def _peak_bytes(self) -> int:
+        if self._peak_fd >= 0:
+            return _number(os.pread(self._peak_fd, 100, 0))
+        return _number(self._get(self._peak_file)) if self.has_peak else self.usage_bytes()
+
+    def _counts(self) -> Account:
+        _, events, cpu_stat, io_stat = self._files
+        kills = _fields(self._get(events)).get(b"oom_kill", 0) if self.holds_memory else 0
+        cpu = _fields(self._get(cpu_stat))
         user_s, system_s = cpu.get(b"user_usec", 0) / 1e6, cpu.get(b"system_usec", 0) / 1e6
-        read_bytes, write_bytes = io_bytes(_read(self._folder / "io.stat"))
-        return Account(peak, kills, bool(cpu), user_s, system_s, read_bytes, write_bytes)
+        read_bytes, write_bytes = io_bytes(self._get(io_stat))
+        return Account(0, kills, bool(cpu), user_s, system_s, read_bytes, write_bytes)
 
     def _kill_at_once(self) -> bool:
         try:
@@ -206,8 +233,14 @@ class UnifiedGroup(Group):
 class LegacyGroup(Group):
     """Version 1: a folder in each controller's own hierarchy."""
 
+    def __init__(self, folders: dict[str, Path]) -> None:
+        super().__init__(folders)
+        memory = folders.get("memory", "")
+        self._usage_file, self._peak_file = f"{memory}/memory.usage_in_bytes", f"{memory}/memory.max_usage_in_bytes"
+        self._kills_file = f"{memory}/memory.oom_control"
+
     def usage_bytes(self) -> int:
-        return _number(self._folders["memory"] / "memory.usage_in_bytes") if self.holds_memory else 0
+        return _number(self._get(self._usage_file)) if self.holds_memory else 0
 
     def _limit_memory(self, memory_bytes: int) -> None:
         folder, text = self._folders["memory"], str(memory_bytes or -1)
@@ -220,12 +253,11 @@ class LegacyGroup(Group):
         if self.holds_memory:
             _write(self._folders["memory"] / "memory.max_usage_in_bytes", "0")
 
-    def _account(self) -> Account:
-        if not self.holds_memory:
-            return Account(0, 0)
-        folder = self._folders["memory"]
-        kills = _fields(_read(folder / "memory.oom_control")).get(b"oom_kill", 0)
-        return Account(_number(folder / "memory.max_usage_in_bytes"), kills)
+    def _peak_bytes(self) -> int:
+        return _number(self._get(self._peak_file)) if self.holds_memory else 0
+
+    def _counts(self) -> Account:
+        return Account(0, _fields(self._get(self._kills_file)).get(b"oom_kill", 0) if self.holds_memory else 0)
 
     def _kill_at_once(self) -> bool:
         return False
@@ -458,7 +490,7 @@ def io_bytes(text: bytes) -> tuple[int, int]:
 
 
 def _resettable(peak: Path) -> int:
-    """A descriptor of `memory.peak` that can forget what it has seen, as those of Linux 6.12 can; -1 where they cannot."""
+    """A descriptor of `memory.peak` that can forget what it has seen, as of Linux 6.12; -1 where it cannot."""
     try:
         fd = os.open(peak, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -492,8 +524,8 @@ def _fields(text: bytes) -> dict[bytes, int]:
     return fields
 
 
-def _number(path: Path) -> int:
-    text = _read(path).strip()
+def _number(text: bytes) -> int:
+    text = text.strip()
     return int(text) if text.isdigit() else 0
 
 

@@ -260,7 +260,7 @@ class AgentLoop:
         self._sweep_timer = None
         if self._is_closing:
             return
-        left = self.reaper.sweep() | self.groups.settle()
+        left = self.reaper.sweep() | (self.groups.settle() - self.reaper.known)
         now_s = time.monotonic()
         if left:
             self._sweep_since_s = self._sweep_since_s or now_s
