@@ -101,9 +101,9 @@ class Group(ABC):
         )
 
     def processes(self) -> set[int]:
-        """Who is in it now."""
+        """Who is in it now. Of several folders the first is entered first, and none is left before the others."""
         # Not by a descriptor that is kept: version 1 shows the same list on it for a while.
-        return {int(word) for folder in self._distinct for word in _read(folder / "cgroup.procs").split()}
+        return {int(word) for word in _read(self._distinct[0] / "cgroup.procs").split()}
 
     def kill(self) -> set[int]:
         """SIGKILL to all that is in it; returns who has not gone yet. They cannot escape by forking: the kernel kills
