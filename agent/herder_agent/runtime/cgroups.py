@@ -372,12 +372,16 @@ class UnifiedGroups(Groups):
         _remove_stale(base)
         self._leaf = base / f"herder-{os.getpid()}-agent"
         self._home = own_folders().get("")
+        #: Controllers that its children have because of us.
+        self._enabled: list[str] = []
         self._leaf.mkdir()
         try:
             _write(self._leaf / "cgroup.procs", "0")
             wanted = present & {"memory", "pids", "io"}
-            for name in sorted(wanted):
+            enabled = set((base / "cgroup.subtree_control").read_text().split())
+            for name in sorted(wanted - enabled):
                 _write(base / "cgroup.subtree_control", f"+{name}")
+                self._enabled.append(name)
         except OSError:
             self._leave()
             raise
@@ -389,9 +393,12 @@ class UnifiedGroups(Groups):
         self._leave()
 
     def _leave(self) -> None:
-        """Back to where we came from. Where that is our base it takes no process any more: the next agent, or systemd,
-        removes the leaf."""
+        """Back to where we came from. Where that is our base, it takes processes only while its children have no
+        controllers; with another agent's there it stays so, and the next agent, or systemd, removes our leaf."""
         try:
+            if self._home == self._base and list(self._base.glob("herder-*")) == [self._leaf]:
+                for name in self._enabled:
+                    _write(self._base / "cgroup.subtree_control", f"-{name}")
             if self._home is not None:
                 _write(self._home / "cgroup.procs", "0")
             self._leaf.rmdir()
