@@ -68,8 +68,15 @@ class Group(ABC):
         self._limits: tuple[int, int] | None = None
         #: Opening a file here costs three times what reading it does.
         self._fds: dict[str, int] = {}
-        for folder in self._distinct:
-            folder.mkdir()
+        made: list[Path] = []
+        try:
+            for folder in self._distinct:
+                folder.mkdir()
+                made.append(folder)
+        except OSError:
+            for folder in made:
+                folder.rmdir()
+            raise
 
     def begin(self, memory_bytes: int, pids: int) -> None:
         """Set limits (0: none) and count from nothing.
@@ -282,11 +289,14 @@ class Groups(ABC):
 
     def take(self, memory_bytes: int, pids: int) -> Group | None:
         """A group with these limits (0: none), or None where there is none to be had."""
+        group = None
         try:
             group = self._free.pop() if self._free else self._make()
             if group is not None:
                 group.begin(memory_bytes, pids)
         except OSError as error:
+            if group is not None:
+                self._leaving.append(group)
             if not self._has_failed:
                 self._has_failed = True
                 _log.warning("no control group can be had, limits are watched instead: %s", error)

@@ -43,6 +43,7 @@ class MemoryWatch:
         self._seen = seen
         self._watched: dict[int, _Watched] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0
         self._kills = oom_kills()
         self._killed_s = -1.0
 
@@ -53,7 +54,10 @@ class MemoryWatch:
         if self._timer is None:
             # What was killed while nothing ran here is not ours.
             self._kills = oom_kills()
-            self._timer = self._loop.call_later(self._period_s(), self._sample)
+            self._look_in(self._period_s())
+        elif limited_here and self._due_s > self._loop.time() + _LIMITED_PERIOD_S:
+            self._timer.cancel()
+            self._look_in(self._period_s())
 
     def remove(self, number: int) -> None:
         """It runs none any more."""
@@ -102,7 +106,11 @@ class MemoryWatch:
                 # Output of tasks that last is read as it comes.
                 each.child.attach_output()
                 self._look_at(each)
-        self._timer = self._loop.call_later(self._period_s(), self._sample)
+        self._look_in(self._period_s())
+
+    def _look_in(self, wait_s: float) -> None:
+        self._due_s = self._loop.time() + wait_s
+        self._timer = self._loop.call_later(wait_s, self._sample)
 
     def _look_at(self, each: _Watched) -> None:
         child, group = each.child, each.group
