@@ -18,8 +18,8 @@ _EMPTY_S = 5.0
 def home() -> dict[str, Path]:
     """Where this process is, of what limits can be had by: version 1's memory and pids, else version 2's group."""
     own = own_folders()
-    legacy = {name: own[name] for name in ("memory", "pids") if name in own}
-    return legacy or {name: folder for name, folder in own.items() if not name}
+    names = {"memory", "pids"} & own.keys() or {""} & own.keys()
+    return {name: own[name] for name in sorted(names)}
 
 
 @contextmanager

@@ -55,9 +55,9 @@ class MemoryWatch:
             # What was killed while nothing ran here is not ours.
             self._kills = oom_kills()
             self._look_in(self._period_s())
-        elif limited_here and self._due_s > self._loop.time() + _LIMITED_PERIOD_S:
+        elif limited_here and (wait_s := self._period_s()) < self._due_s - self._loop.time():
             self._timer.cancel()
-            self._look_in(self._period_s())
+            self._look_in(wait_s)
 
     def remove(self, number: int) -> None:
         """It runs none any more."""

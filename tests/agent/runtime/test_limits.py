@@ -41,6 +41,7 @@ def coordinator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         chosen = ("--cgroup", "off") if request.param == "watcher" else flags
         with running(tmp_path_factory.mktemp("agent"), 1, *chosen, "--pids", "100") as (found, _):
             assert found.hello is not None
+            assert found.hello.node is not None
             limits = found.hello.node.limits
             if request.param == "groups" and not limits.startswith("control groups v"):
                 unmet(limits)
