@@ -406,6 +406,7 @@ class UnifiedGroups(Groups):
         """Back to where we came from. Where that is our base, it takes processes only while its children have no
         controllers; with another agent's there it stays so, and the next agent, or systemd, removes our leaf."""
         try:
+            _remove_stale(self._base)
             if self._home == self._base and list(self._base.glob("herder-*")) == [self._leaf]:
                 for name in self._enabled:
                     _write(self._base / "cgroup.subtree_control", f"-{name}")
