@@ -76,8 +76,10 @@ class Agent:
             cpus=self._cpus if config.pin else (),
             gpus=config.gpus,
             resources=config.resources,
+            pids=config.pids,
+            places=host.places(self._cpus) if config.pin else (),
         )
-        place = Place(self._cluster, config.state_dir, dict(os.environ))
+        place = Place(self._cluster, config.state_dir, dict(os.environ), config.cgroup)
         self._agent = agent = AgentLoop(state, place, stop=self._stop, linked=self._linked)
         collector = NodeCollector(
             state,
@@ -155,6 +157,7 @@ class Agent:
             kernel=host.kernel(),
             state_dir=str(self._config.state_dir),
             metrics_listen="{}:{}".format(*metrics.address) if metrics is not None else "",
+            limits=self._agent.groups.reason,
         )
         return Hello(
             protocol=PROTOCOL_VERSION,
@@ -293,6 +296,8 @@ def run(config: AgentConfig) -> None:
 @click.option("--gpus", type=click.IntRange(0), help="GPUs to offer.")
 @click.option("--metrics-listen", help="HOST:PORT of an own port for Prometheus.")
 @click.option("--pin/--no-pin", default=None, help="Pin tasks to the CPUs of their slots.")
+@click.option("--cgroup", help="auto, off, or a folder of control groups v2 that is the agent's own.")
+@click.option("--pids", type=click.IntRange(1), help="Processes and threads of one task, where it does not say.")
 @click.option("--hello-fd", type=int, help="Write one JSON line there when connected.")
 @click.option("--lifeline-fd", type=int, help="End at once when this descriptor ends.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))

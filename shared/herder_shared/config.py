@@ -72,6 +72,10 @@ class AgentConfig(msgspec.Struct, frozen=True):
     hello_fd: int | None = None
     lifeline_fd: int | None = None
     log_level: str = "info"
+    #: Control groups for limits: "auto" (as found), "off", or a folder of version 2 that is the agent's own.
+    cgroup: str = "auto"
+    #: Processes and threads of one attempt, where its workload does not say how many.
+    pids: int = 4096
 
 
 class Profile(msgspec.Struct, frozen=True):

@@ -226,7 +226,7 @@ def test_memory_limit_kills_the_hog_alone(client: herder.Client) -> None:
     with pytest.raises(herder.TaskOutOfMemory) as caught:
         client.options(memory="100MiB").submit(hog).result(WAIT_S)
     assert caught.value.limit_bytes == 100 << 20
-    assert (caught.value.peak_memory_bytes or 0) > 100 << 20
+    assert (caught.value.peak_memory_bytes or 0) >= 100 << 20
 
 
 def test_coordinator_on_a_busy_port_says_which(cluster: LocalCluster, tmp_path: Path) -> None:

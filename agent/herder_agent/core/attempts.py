@@ -6,6 +6,7 @@ import signal
 from heapq import heappush
 
 from herder_agent.core.effects import Effect, FetchBlobs, ReleaseBlobs, ReportEnd, SignalChild, UploadBlob
+from herder_agent.core.events import Answer, Exit
 from herder_agent.core.slots import Request
 from herder_agent.core.state import CORE_STATE, Attempt, Deadline, Phase, State, Workload
 from herder_shared.ids import AttemptId, BlobId, WorkloadKey
@@ -165,12 +166,25 @@ def _usage(state: State, attempt: Attempt, now_s: float) -> Usage:
         cpu_user_s=account.user_s if account else 0.0,
         cpu_system_s=account.system_s if account else 0.0,
         peak_memory_bytes=attempt.peak_bytes,
-        memory_source="sampled" if attempt.sent_s else "",
+        memory_source=attempt.memory_source or ("sampled" if attempt.sent_s else ""),
         minor_faults=account.minor_faults if account else 0,
         major_faults=account.major_faults if account else 0,
         core_s=attempt.request.cores * max(0.0, now_s - attempt.slot_s) if attempt.slot is not None else 0.0,
         pid=attempt.pid,
+        read_bytes=account.read_bytes if account else 0,
+        write_bytes=account.write_bytes if account else 0,
     )
+
+
+def note_memory(attempt: Attempt, account: Answer | Exit) -> None:
+    """Take over what is known of its memory."""
+    attempt.peak_bytes = max(attempt.peak_bytes, account.peak_bytes)
+    attempt.memory_source = account.memory_source or attempt.memory_source
+
+
+def pids_limit(state: State, attempt: Attempt) -> int:
+    """Processes and threads that it may have at once."""
+    return attempt.workload.spec.pids or state.pids
 
 
 def conclude(attempt: Attempt) -> tuple[Outcome, Failure | None]:
@@ -179,10 +193,14 @@ def conclude(attempt: Attempt) -> tuple[Outcome, Failure | None]:
         return attempt.ending, _ended_by_us(attempt)
     if attempt.answer is not None:
         failure = attempt.answer.failure
+        if failure is not None and attempt.answer.limit_hit:
+            return Outcome.OUT_OF_MEMORY, _over_limit(attempt)
         return (Outcome.FAILED, failure) if failure is not None else (Outcome.SUCCEEDED, None)
     if attempt.template_lost or attempt.exit is None:
         message = f"the template of workload {attempt.workload.spec.name!r} died, and its children with it"
         return Outcome.LOST, Failure(Cause.TEMPLATE_LOST, message)
+    if attempt.exit.limit_hit and attempt.exit.status != 0:
+        return Outcome.OUT_OF_MEMORY, _over_limit(attempt)
     return _by_exit(attempt, attempt.exit.status, attempt.exit.oom_seen)
 
 
@@ -192,11 +210,19 @@ def _ended_by_us(attempt: Attempt) -> Failure:
             message = f"ran longer than its timeout of {attempt.options.timeout_s:g} s"
             return Failure(Cause.TIMEOUT, message, stderr_tail=attempt.stderr_tail)
         case Outcome.OUT_OF_MEMORY:
-            limit = attempt.options.memory_bytes
-            message = f"used {attempt.peak_bytes} bytes of memory, its limit is {limit}"
-            return Failure(Cause.OUT_OF_MEMORY, message, limit_bytes=limit, stderr_tail=attempt.stderr_tail)
+            return _over_limit(attempt)
+        case Outcome.CRASHED:
+            had, limit = attempt.peak_tasks, attempt.tasks_max
+            message = f"killed: it had {had} processes and threads at once, its limit (pids) is {limit}"
+            return Failure(Cause.SIGNAL, message, signal=signal.SIGKILL, stderr_tail=attempt.stderr_tail)
         case _:
             return Failure(Cause.CANCELLED, "cancelled while it ran")
+
+
+def _over_limit(attempt: Attempt) -> Failure:
+    limit = attempt.options.memory_bytes
+    message = f"used {attempt.peak_bytes} bytes of memory, its limit is {limit}"
+    return Failure(Cause.OUT_OF_MEMORY, message, limit_bytes=limit, stderr_tail=attempt.stderr_tail)
 
 
 def _by_exit(attempt: Attempt, status: int, oom_seen: bool) -> tuple[Outcome, Failure | None]:
@@ -206,8 +232,11 @@ def _by_exit(attempt: Attempt, status: int, oom_seen: bool) -> tuple[Outcome, Fa
         return Outcome.SUCCEEDED, None
     tail = attempt.stderr_tail
     if number == signal.SIGKILL and oom_seen:
-        message = "killed by the kernel: the node has no memory left"
-        failure = Failure(Cause.OUT_OF_MEMORY, message, signal=number, stderr_tail=tail)
+        limit = attempt.options.memory_bytes or None
+        message = (
+            f"killed by the kernel: the node has no memory left (at least {attempt.peak_bytes} bytes were its own)"
+        )
+        failure = Failure(Cause.OUT_OF_MEMORY, message, signal=number, stderr_tail=tail, limit_bytes=limit)
         return Outcome.OUT_OF_MEMORY, failure
     if number:
         message = f"its process was killed by {_signal_name(number)}"

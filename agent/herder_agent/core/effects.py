@@ -45,11 +45,13 @@ class SpawnFresh:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What an attempt may use: the operating system's CPU numbers (empty: not pinned), threads, GPU indices."""
+    """What an attempt may use: the operating system's CPU numbers (empty: not pinned), threads of each numerical
+    library, GPU indices; processes and threads, where the workload says how many."""
 
     cpus: tuple[int, ...]
     threads: int
     gpus: tuple[int, ...]
+    pids: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,12 @@ class Answer:
     minor_faults: int = 0
     major_faults: int = 0
     peak_bytes: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    #: Where `peak_bytes` is from: "cgroup", or "" where it was sampled.
+    memory_source: str = ""
+    #: The kernel killed a process of the attempt's because of the attempt's own memory limit.
+    limit_hit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,12 @@ class Exit:
     major_faults: int = 0
     #: The kernel's out-of-memory killer was seen to act while it ran.
     oom_seen: bool = False
+    peak_bytes: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    #: As in `Answer`.
+    memory_source: str = ""
+    limit_hit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +220,12 @@ class LeftoversGone:
 
 @dataclass(frozen=True, slots=True)
 class MemorySeen:
-    """Σ RssAnon of a child and its descendants now, less what it had before its task."""
+    """Σ RssAnon of a child and its descendants now, less what it had before its task; and how many processes and
+    threads they are, where it is not the kernel that limits them."""
 
     child: int
     anon_bytes: int
+    tasks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

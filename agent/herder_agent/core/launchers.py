@@ -245,13 +245,14 @@ def grant(state: State, attempt: Attempt) -> Grant:
     """The CPUs, threads and GPUs of an attempt's slot."""
     slot = attempt.slot
     assert slot is not None
+    spec = attempt.workload.spec
     indices = slot.indices
-    threads = max(1, len(slot.whole))
+    threads = max(1, len(slot.whole)) if spec.blas_threads == "cores" else spec.blas_threads
     if not state.cpus:
-        return Grant((), threads, slot.gpus)
+        return Grant((), threads, slot.gpus, spec.pids or 0)
     # More slots than CPUs: several slots share one.
     cpus = tuple(dict.fromkeys(state.cpus[index % len(state.cpus)] for index in indices))
-    return Grant(cpus, threads, slot.gpus)
+    return Grant(cpus, threads, slot.gpus, spec.pids or 0)
 
 
 def child_ready(state: State, child: Child) -> None:

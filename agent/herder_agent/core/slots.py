@@ -1,17 +1,28 @@
 """Which cores, GPUs, memory and named resources of the node are held, and which are free.
 
-Core indices count from 0 over the slots that the agent offers; lower ones are taken first, so that, with the node's
-CPUs listed by NUMA node, an attempt's cores lie together. A request below one core shares a core with others of its
-kind.
+Core indices count from 0 over the slots that the agent offers. One index alone is the lowest that is free: the node's
+CPUs are listed by NUMA node, and within it one of each core before their siblings, so that two tasks share a core last.
+Several lie on one NUMA node where that can be, on cores of which no sibling is held by others, siblings together. A
+request below one core shares a core with others of its kind.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 #: Shares of a core are compared with this tolerance: ten requests of 0.1 fill a core.
 _EPSILON = 1e-6
+
+
+class Place(NamedTuple):
+    """Where a CPU is: its NUMA node, and its core, which SMT siblings share."""
+
+    numa: int
+    core: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +64,25 @@ class Slots:
     free: list[int] = field(default_factory=list)
     #: Shared cores: index -> what is left.
     shares: dict[int, float] = field(default_factory=dict)
+    #: Of each index; empty where all are alike.
+    places: tuple[Place, ...] = ()
 
     @staticmethod
-    def of(cores: int, memory_bytes: int, gpus: int = 0, resources: dict[str, float] | None = None) -> Slots:
+    def of(
+        cores: int,
+        memory_bytes: int,
+        gpus: int = 0,
+        resources: dict[str, float] | None = None,
+        places: tuple[Place, ...] = (),
+    ) -> Slots:
+        """All of it free. `places` of the node's CPUs: index i is on CPU i, and on CPU i - n where there are but n."""
+        differ = len({place.numa for place in places}) > 1 or len({place.core for place in places}) < len(places)
+        spread = tuple(places[index % len(places)] for index in range(cores)) if differ else ()
         free = list(range(cores))
         heapify(free)
         named = dict(resources or {})
         total = Request(cores, memory_bytes, gpus, tuple(named.items()))
-        return Slots(cores, memory_bytes, list(range(gpus)), named, total, free=free)
+        return Slots(cores, memory_bytes, list(range(gpus)), named, total, free=free, places=spread)
 
     @property
     def is_full(self) -> bool:
@@ -87,7 +109,7 @@ class Slots:
         needed = whole_count + (1 if share and shared < 0 else 0)
         if needed > len(self.free) or not self._fits_besides_cores(request):
             return None
-        whole = tuple(heappop(self.free) for _ in range(whole_count))
+        whole = self._whole_cores(whole_count)
         if share and shared < 0:
             shared = heappop(self.free)
             self.shares[shared] = 1.0
@@ -121,6 +143,14 @@ class Slots:
         if len(self.free) == self.cores:
             self.used = 0.0
 
+    def _whole_cores(self, count: int) -> tuple[int, ...]:
+        if count <= 1 or not self.places:
+            return tuple(heappop(self.free) for _ in range(count))
+        chosen = choose(self.free, count, self.places)
+        self.free = [index for index in self.free if index not in chosen]
+        heapify(self.free)
+        return chosen
+
     def _shared_core(self, share: float) -> int:
         """The fullest shared core that has room, or -1."""
         fitting = [(left, index) for index, left in self.shares.items() if left >= share - _EPSILON]
@@ -132,3 +162,36 @@ class Slots:
             and request.gpus <= len(self.gpus)
             and all(amount <= self.resources.get(name, 0.0) + _EPSILON for name, amount in request.resources)
         )
+
+
+def choose(free: Sequence[int], count: int, places: Sequence[Place]) -> tuple[int, ...]:
+    """`count` of the free indices, as near to each other as can be.
+
+    On the NUMA node with the fewest free ones that has enough; on several, those with most first. There, cores that are
+    free as a whole before those which somebody else is on, except that what does not fill a core goes where one is used
+    already.
+    """
+    by_node: dict[int, list[int]] = {}
+    for index in sorted(free):
+        by_node.setdefault(places[index].numa, []).append(index)
+    enough = [members for members in by_node.values() if len(members) >= count]
+    nodes = [min(enough, key=len)] if enough else sorted(by_node.values(), key=len, reverse=True)
+    siblings = Counter(place.core for place in places)
+    chosen: list[int] = []
+    for members in nodes:
+        chosen += _compact(members, count - len(chosen), places, siblings)
+    return tuple(sorted(chosen))
+
+
+def _compact(members: list[int], count: int, places: Sequence[Place], siblings: Counter[int]) -> list[int]:
+    cores: dict[int, list[int]] = {}
+    for index in members:
+        cores.setdefault(places[index].core, []).append(index)
+    idle = [held for core, held in cores.items() if len(held) == siblings[core]]
+    begun = [held for core, held in cores.items() if len(held) < siblings[core]]
+    chosen: list[int] = []
+    for held in idle:
+        if len(held) <= count - len(chosen):
+            chosen += held
+    rest = [index for held in (*begun, *idle) for index in held if index not in chosen]
+    return chosen + rest[: count - len(chosen)]

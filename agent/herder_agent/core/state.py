@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from herder_agent.core.account import Account
 from herder_agent.core.events import Answer, Exit
-from herder_agent.core.slots import Request, Slot, Slots
+from herder_agent.core.slots import Place, Request, Slot, Slots
 from herder_shared.ids import AttemptId, BlobId, JobId, NodeName, WorkloadKey
 from herder_shared.limits import STDERR_TAIL_BYTES
 from herder_shared.states import Cause, CoreState, Outcome
@@ -27,6 +27,9 @@ from herder_shared.wire.messages import (
     TaskOptions,
     WorkloadSpec,
 )
+
+#: More than any sane task has, and few enough that a node bears it on every core.
+PIDS = 4096
 
 
 class Phase(StrEnum):
@@ -89,6 +92,12 @@ class Attempt:
     #: Its template died under it.
     template_lost: bool = False
     peak_bytes: int = 0
+    #: "cgroup" where the kernel kept the peak.
+    memory_source: str = ""
+    #: Processes and threads at once, the most that was seen.
+    peak_tasks: int = 0
+    #: ... and what it was killed for having more of.
+    tasks_max: int = 0
     #: How it was started: "fork", "fresh" or "command"; "" before.
     method: str = ""
     pid: int = 0
@@ -275,6 +284,8 @@ class State:
     last_template: int = 0
     last_child: int = 0
     last_deadline: int = 0
+    #: Processes and threads of an attempt whose workload does not say how many.
+    pids: int = PIDS
 
     @property
     def running_count(self) -> int:
@@ -291,9 +302,13 @@ def new_state(
     cpus: tuple[int, ...] = (),
     gpus: int = 0,
     resources: dict[str, float] | None = None,
+    pids: int = PIDS,
+    places: tuple[Place, ...] = (),
 ) -> State:
-    """An agent that has done nothing yet. `cpus` lists the CPU of each core index (empty: no pinning)."""
-    return State(node, cpus, Slots.of(cores, memory_bytes, gpus, resources), Account(cores, now_s))
+    """An agent that has done nothing yet. `cpus` lists the CPU of each core index (empty: no pinning), `places` where
+    these are (empty: all alike)."""
+    slots = Slots.of(cores, memory_bytes, gpus, resources, places)
+    return State(node, cpus, slots, Account(cores, now_s), pids=pids)
 
 
 def check_invariants(state: State) -> None:

@@ -19,6 +19,8 @@ from herder_agent.core.attempts import (
     drop,
     end,
     move,
+    note_memory,
+    pids_limit,
     report_answer,
     stop,
 )
@@ -272,7 +274,7 @@ def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: l
     attempt = child.attempt
     attempt.answer = event.answer
     attempt.logs = event.logs
-    attempt.peak_bytes = max(attempt.peak_bytes, event.answer.peak_bytes)
+    note_memory(attempt, event.answer)
     child.tasks_done += 1
     most = child.pool.workload.spec.max_tasks_per_child
     if attempt.ending is not None or (most and child.tasks_done >= most):
@@ -304,6 +306,7 @@ def _child_exited(state: State, event: ChildExited, now_s: float, effects: list[
             effects.append(SweepLeftovers())
         return
     attempt.exit = event.exit
+    note_memory(attempt, event.exit)
     attempt.check = event.check
     if event.result is not None:
         attempt.result = event.result
@@ -366,10 +369,18 @@ def _memory_seen(state: State, event: MemorySeen, effects: list[Effect]) -> None
         return
     attempt = child.attempt
     attempt.peak_bytes = max(attempt.peak_bytes, event.anon_bytes)
+    attempt.peak_tasks = max(attempt.peak_tasks, event.tasks)
+    if attempt.ending is not None or attempt.phase not in {Phase.SENT, Phase.RUNNING}:
+        return
     limit = attempt.options.memory_bytes
-    if limit and event.anon_bytes > limit and attempt.ending is None and attempt.phase in {Phase.SENT, Phase.RUNNING}:
+    if limit and event.anon_bytes > limit:
         attempt.ending = Outcome.OUT_OF_MEMORY
-        effects.append(SignalChild(child.id, signal.SIGKILL))
+    elif event.tasks > pids_limit(state, attempt):
+        attempt.ending = Outcome.CRASHED
+        attempt.tasks_max = pids_limit(state, attempt)
+    else:
+        return
+    effects.append(SignalChild(child.id, signal.SIGKILL))
 
 
 # --- templates -------------------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ class Exited(_Head, frozen=True, tag="exited"):
     majflt: int = 0
     nvcsw: int = 0
     nivcsw: int = 0
+    inblock: int = 0
+    oublock: int = 0
 
 
 class Stats(_Head, frozen=True, tag="stats"):
@@ -117,6 +119,8 @@ class Result(_Head, frozen=True, tag="result"):
     majflt: int = 0
     blob: bool = False
     peak: int = 0
+    inblock: int = 0
+    oublock: int = 0
 
 
 class Error(_Head, frozen=True, tag="error"):
@@ -132,6 +136,8 @@ class Error(_Head, frozen=True, tag="error"):
     minflt: int = 0
     majflt: int = 0
     peak: int = 0
+    inblock: int = 0
+    oublock: int = 0
 
 
 FromTemplate = Step | Ready | Failed | Forked | ForkFailed | Exited | Stats | Log

@@ -143,6 +143,11 @@ class Template:
         elif self._channel is not None:
             self._channel.send(head, (), descriptors)
 
+    @property
+    def is_ready(self) -> bool:
+        """It has been set up."""
+        return self._is_ready
+
     def stop(self) -> None:
         """Ask it to end, with its children; it is killed if it does not."""
         self.is_stopping = True

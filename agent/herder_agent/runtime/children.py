@@ -25,8 +25,9 @@ from herder_agent.launch.control import Channel, Exited, Forked, FromChild
 from herder_agent.launch.forkserver import Template
 from herder_agent.launch.poller import Poller
 from herder_agent.runtime.blobs import BlobStore
-from herder_agent.runtime.memory import MemoryWatch
-from herder_agent.runtime.reap import anon_bytes, oom_kills
+from herder_agent.runtime.cgroups import Groups, NoGroups
+from herder_agent.runtime.limits import BLOCK_BYTES, Limits
+from herder_agent.runtime.reap import anon_bytes
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.ids import BlobId
 from herder_shared.limits import ERROR_TEXT_BYTES_MAX, INLINE_BYTES_MAX, KIB
@@ -60,13 +61,14 @@ class _Expected:
 class Children:
     """Owns every child's descriptors."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         loop: asyncio.AbstractEventLoop,
         poller: Poller,
         store: BlobStore,
         dispatch: Callable[[events.Event], None],
         is_crowded: Callable[[], bool],
+        groups: Groups | None = None,
     ) -> None:
         self._loop = loop
         self._poller = poller
@@ -75,13 +77,12 @@ class Children:
         self._is_crowded = is_crowded
         self._children: dict[int, Child] = {}
         self._expected: dict[int, _Expected] = {}
-        self._memory = MemoryWatch(loop, lambda number, size: dispatch(events.MemorySeen(number, size)))
+        self.limits = Limits(loop, groups or NoGroups("none are asked for"), dispatch)
         self._attach: list[Child] = []
         self._attach_timer: asyncio.TimerHandle | None = None
         #: Events that wait for an answer which is being stored.
         self._storing: dict[int, list[events.Event]] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="herder-blobs")
-        self._oom_kills = oom_kills()
         self._is_closed = False
 
     def get(self, number: int) -> Child | None:
@@ -102,6 +103,7 @@ class Children:
     def not_forked(self, number: int) -> None:
         """What was ordered will not come."""
         self._expected.pop(number, None)
+        self.limits.leave(number)
 
     def is_command(self, number: int) -> bool:
         """Whether a command was ordered under this number."""
@@ -145,7 +147,7 @@ class Children:
             open_fresh()
             return
         expected = self._expected.get(child.number)
-        self._memory.add(child, is_limited=expected is not None and expected.is_limited)
+        self.limits.begin(child, is_limited=expected is not None and expected.is_limited)
 
     def send_task(
         self,
@@ -160,7 +162,7 @@ class Children:
         """Give it a task. One that `reuses` has its output cut by task, when it answers."""
         child.reuses = reuses
         child.send_task(head, parts, files)
-        self._memory.add(child, is_limited=is_limited)
+        self.limits.begin(child, is_limited=is_limited)
         self._attach_later(child)
 
     def cannot_start(self, child: Child, message: str) -> None:
@@ -179,7 +181,7 @@ class Children:
         """Its template is gone: take what it said, kill it, let go of it."""
         child = self._children.pop(number, None)
         self._expected.pop(number, None)
-        self._memory.remove(number)
+        self.limits.leave(number)
         if child is not None:
             child.kill()
             self._remove_scratch(child)
@@ -196,15 +198,21 @@ class Children:
         expected = self._expected.pop(head.child, None)
         if child is None:
             return
-        self._memory.remove(child.number)
         if child.channel is not None and not child.channel.is_resting:
             child.channel.drain()
         child.drain_output()
         self._remove_scratch(child)
         number = head.status & 0x7F
         exit_ = Exit(
-            head.status, head.utime, head.stime, head.minflt, head.majflt, number == signal.SIGKILL and self._oom_seen()
+            head.status,
+            head.utime,
+            head.stime,
+            head.minflt,
+            head.majflt,
+            read_bytes=head.inblock * BLOCK_BYTES,
+            write_bytes=head.oublock * BLOCK_BYTES,
         )
+        exit_ = self.limits.exited(child.number, exit_, number == signal.SIGKILL)
         if expected is not None and expected.command is not None:
             self._command_exited(child, expected.command, exit_)
         else:
@@ -219,7 +227,7 @@ class Children:
     def close(self) -> None:
         """Let go of all."""
         self._is_closed = True
-        self._memory.close()
+        self.limits.close()
         if self._attach_timer is not None:
             self._attach_timer.cancel()
         for child in list(self._children.values()):
@@ -245,6 +253,8 @@ class Children:
                     head.minflt,
                     head.majflt,
                     self._peak(child, head),
+                    head.inblock * BLOCK_BYTES,
+                    head.oublock * BLOCK_BYTES,
                 )
                 self._tell_answer(child, answer)
             case control.Idle():
@@ -262,7 +272,16 @@ class Children:
 
     def _answered(self, child: Child, head: control.Result, body: bytes, descriptors: list[int]) -> None:
         answer = Answer(
-            None, None, head.wall, head.utime, head.stime, head.minflt, head.majflt, self._peak(child, head)
+            None,
+            None,
+            head.wall,
+            head.utime,
+            head.stime,
+            head.minflt,
+            head.majflt,
+            self._peak(child, head),
+            head.inblock * BLOCK_BYTES,
+            head.oublock * BLOCK_BYTES,
         )
         if descriptors:
             fd = descriptors[0]
@@ -289,7 +308,8 @@ class Children:
             self._tell_answer(child, _with_result(answer, payload))
 
     def _tell_answer(self, child: Child, answer: Answer) -> None:
-        self._memory.remove(child.number)
+        self.limits.end(child.number)
+        answer = self.limits.answered(child.number, answer)
         # It has flushed before it answered.
         child.drain_output()
         logs = child.take_logs()
@@ -350,12 +370,6 @@ class Children:
         else:
             self._store_result(child.number, len(content), partial(self._store.put, content), tell)
 
-    def _oom_seen(self) -> bool:
-        kills = oom_kills()
-        seen = kills > self._oom_kills
-        self._oom_kills = kills
-        return seen
-
     # Output.
 
     def _attach_later(self, child: Child) -> None:
@@ -381,6 +395,8 @@ def _with_result(answer: Answer, result: Payload) -> Answer:
         answer.minor_faults,
         answer.major_faults,
         answer.peak_bytes,
+        answer.read_bytes,
+        answer.write_bytes,
     )
 
 

@@ -7,9 +7,10 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from herder_agent.core.slots import Place
 from herder_shared.errors import ConfigError
 from herder_shared.wire.messages import WorkloadSpec
 
@@ -60,20 +61,33 @@ _ONE_THREAD = (
     "VECLIB_MAXIMUM_THREADS",
     "BLIS_NUM_THREADS",
 )
+_TEMPLATE_THREADS = "1"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60
 
 
 def usable_cpus() -> tuple[int, ...]:
-    """The CPUs that we may run on, those of one NUMA node together."""
-    cpus = os.sched_getaffinity(0)
-    order = {cpu: (node, cpu) for node, members in _numa_nodes().items() for cpu in members}
-    return tuple(sorted(cpus, key=lambda cpu: order.get(cpu, (0, cpu))))
+    """The CPUs that we may run on, those of one NUMA node together; in each, one of every core, then their siblings."""
+    cpus = sorted(os.sched_getaffinity(0))
+    where = dict(zip(cpus, places(tuple(cpus)), strict=True))
+    rank = {cpu: sum(where[other] == where[cpu] for other in cpus if other < cpu) for cpu in cpus}
+    return tuple(sorted(cpus, key=lambda cpu: (where[cpu].numa, rank[cpu], cpu)))
 
 
-def _numa_nodes() -> dict[int, list[int]]:
+def places(cpus: Sequence[int], root: Path = Path("/sys/devices/system")) -> tuple[Place, ...]:
+    """Where these CPUs are; a core is known by the least of its CPUs."""
+    nodes = {cpu: node for node, members in _numa_nodes(root).items() for cpu in members}
+    return tuple(Place(nodes.get(cpu, 0), _core_of(cpu, root)) for cpu in cpus)
+
+
+def _core_of(cpu: int, root: Path) -> int:
+    text = _text(root / f"cpu/cpu{cpu}/topology/thread_siblings_list")
+    return min(parse_cpu_list(text)) if text.strip() else cpu
+
+
+def _numa_nodes(root: Path) -> dict[int, list[int]]:
     nodes: dict[int, list[int]] = {}
-    for folder in Path("/sys/devices/system/node").glob("node[0-9]*"):
+    for folder in (root / "node").glob("node[0-9]*"):
         text = _text(folder / "cpulist")
         if text:
             nodes[int(folder.name[4:])] = parse_cpu_list(text)
@@ -230,7 +244,7 @@ def template_environment(
         for name, value in environ.items()
         if (name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)) and name not in _NOT_PYTHON
     }
-    environment.update(dict.fromkeys(_ONE_THREAD, "1"))
+    environment.update(dict.fromkeys(_ONE_THREAD, _TEMPLATE_THREADS))
     environment["ARROW_DEFAULT_MEMORY_POOL"] = "system"
     if _has_transparent_huge_pages():
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -238,6 +252,15 @@ def template_environment(
         environment.update(spec.env)
     environment.update(marks)
     return environment
+
+
+def thread_environment(environment: Mapping[str, str], spec: WorkloadSpec, threads: int) -> dict[str, str]:
+    """What a command is told of threads: those of its slot, where neither the workload nor its prologue says."""
+    return {
+        name: str(threads)
+        for name in _ONE_THREAD
+        if name not in spec.env and environment.get(name, _TEMPLATE_THREADS) == _TEMPLATE_THREADS
+    }
 
 
 def _has_transparent_huge_pages() -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +20,18 @@ from typing import NamedTuple
 
 from herder_agent.core import effects as fx
 from herder_agent.core import events
-from herder_agent.core.state import State
+from herder_agent.core.state import ChildPhase, State
 from herder_agent.core.step import next_deadline_s, step
 from herder_agent.launch import command, control, forkserver, fresh
 from herder_agent.launch.child import Child
 from herder_agent.launch.poller import Poller
 from herder_agent.metrics import Counts
-from herder_agent.runtime import host
+from herder_agent.runtime import cgroups, host
 from herder_agent.runtime.blobs import BlobStore, FunctionCache
 from herder_agent.runtime.children import Children
 from herder_agent.runtime.connection import Connection, size_of
 from herder_agent.runtime.environments import Environments
+from herder_agent.runtime.memory import TemplateWatch
 from herder_agent.runtime.reap import Reaper
 from herder_shared.errors import DataLost
 from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
@@ -64,6 +66,8 @@ class Place(NamedTuple):
     state_dir: Path
     #: The agent's own environment.
     environ: Mapping[str, str]
+    #: Of control groups: "auto", "off", or a folder.
+    cgroup: str = "auto"
 
 
 class AgentLoop:
@@ -90,7 +94,11 @@ class AgentLoop:
         self.exposition: Callable[[bool], tuple[bytes, str]] = lambda _openmetrics: (b"", "text/plain")
         self.environments = Environments(self.loop, place, state.node, self.reaper)
         self.poller = Poller(self.loop)
-        self.children = Children(self.loop, self.poller, self.store, self.dispatch, self.is_crowded)
+        self.groups = cgroups.probe(place.cgroup)
+        _log.info("limits of attempts: %s", self.groups.reason)
+        self.children = Children(self.loop, self.poller, self.store, self.dispatch, self.is_crowded, self.groups)
+        self.children.limits.pids = state.pids
+        self._template_watch = TemplateWatch(self.loop)
         self._cloudpickle = host.offer_cloudpickle(place.state_dir)
         self._scratch = place.state_dir.absolute() / "scratch"
         self._templates: dict[int, forkserver.Template] = {}
@@ -252,7 +260,7 @@ class AgentLoop:
         self._sweep_timer = None
         if self._is_closing:
             return
-        left = self.reaper.sweep()
+        left = self.reaper.sweep() | (self.groups.settle() - self.reaper.known)
         now_s = time.monotonic()
         if left:
             self._sweep_since_s = self._sweep_since_s or now_s
@@ -295,6 +303,9 @@ class AgentLoop:
                 )
                 return
             self.reaper.known.add(template.pid)
+            if spec is not None and spec.memory_bytes:
+                over = partial(self._template_over, template)
+                self._template_watch.add(template.pid, spec.memory_bytes, lambda: not template.is_ready, over)
 
         def without(message: str) -> None:
             self._templates.pop(effect.template, None)
@@ -340,7 +351,12 @@ class AgentLoop:
             case control.Stats():
                 pass
 
+    def _template_over(self, template: forkserver.Template, message: str) -> None:
+        self.dispatch(events.TemplateFailed(template.number, Cause.SETUP_FAILED, message))
+        template.kill()
+
     def _template_exited(self, template: forkserver.Template, message: str) -> None:
+        self._template_watch.remove(template.pid)
         self._templates.pop(template.number, None)
         self.reaper.known.discard(template.pid)
         if not self._templates:
@@ -375,6 +391,17 @@ class AgentLoop:
             spec, cluster=self.place.cluster, node=self.state.node, cloudpickle_path=self._cloudpickle
         )
         child.channel.send(opening, [spec.setup] if spec.setup else [])
+        if spec.memory_bytes:
+            over = partial(self._fresh_over, child)
+            self._template_watch.add(child.pid, spec.memory_bytes, partial(self._is_warming, child), over, True)
+
+    def _is_warming(self, child: Child) -> bool:
+        known = self.state.children.get(child.number)
+        return known is not None and known.phase is ChildPhase.WARMING
+
+    def _fresh_over(self, child: Child, message: str) -> None:
+        self.dispatch(events.ChildSetupFailed(child.number, Cause.SETUP_FAILED, message))
+        child.kill()
 
     def _spawn_command(self, effect: fx.SpawnCommand) -> None:
         start = effect.attempt
@@ -386,8 +413,10 @@ class AgentLoop:
         self.children.expect(effect.child, "command", effect.workload, spec, bool(effect.options.memory_bytes))
 
         def with_environment(environment: dict[str, str]) -> None:
-            full = {**environment, **self._marks(start, effect.grant)}
-            head = command.order(effect, spec, full)
+            threads = host.thread_environment(environment, effect.workload, effect.grant.threads)
+            full = {**environment, **threads, **self._marks(start, effect.grant)}
+            groups = self.children.limits.enter(effect.child, effect.options.memory_bytes, effect.grant.pids)
+            head = {**command.order(effect, spec, full), "groups": groups}
             stdin = command.stdin_file(spec)
             self._order(effect.template, head, stdin)
             for fd in stdin:
@@ -476,6 +505,7 @@ class AgentLoop:
             "discard": options.stdout == "discard",
             "limits": {},
             "quiet": effect.is_quiet,
+            "groups": self.children.limits.enter(child.number, options.memory_bytes, grant.pids),
         }
         self.children.send_task(child, head, parts, files, is_limited=bool(options.memory_bytes), reuses=effect.reuses)
         for fd in files:
@@ -485,6 +515,8 @@ class AgentLoop:
         child = self.children.get(effect.child)
         if child is not None:
             self._order(child.template, {"t": "kill", "child": child.number, "signal": int(effect.signal)})
+            if effect.signal == signal.SIGKILL:
+                self.children.limits.kill(child.number)
 
     # Reports.
 
@@ -531,6 +563,7 @@ class AgentLoop:
         except TimeoutError:
             self.end_now()
         self.children.close()
+        self._template_watch.close()
         self.poller.close()
         self.connection.close()
         self.reaper.close()

@@ -122,9 +122,31 @@ def anon_bytes(pid: int) -> int:
     return max(0, int(fields[1]) - int(fields[2])) * _PAGE_BYTES
 
 
-def anon_bytes_of_tree(pid: int) -> int:
-    """Σ RssAnon of a process and its descendants."""
-    return anon_bytes(pid) + sum(map(anon_bytes, descendants(pid)))
+def own_bytes(pid: int) -> int:
+    """RssAnon and RssShmem of one process: all its resident memory but pages of files. 0 when it is gone."""
+    kib = 0
+    for line in _read(f"/proc/{pid}/status").splitlines():
+        if line.startswith((b"RssAnon:", b"RssShmem:")):
+            kib += int(line.split()[1])
+    return kib * 1024
+
+
+def tree_of(pid: int) -> tuple[int, int]:
+    """Of a process and its descendants: Σ RssAnon, and how many processes and threads they are."""
+    tasks = 0
+    anonymous = 0
+    pending = [pid]
+    while pending:
+        each = pending.pop()
+        anonymous += anon_bytes(each)
+        try:
+            threads = os.listdir(f"/proc/{each}/task")
+        except OSError:
+            continue
+        tasks += len(threads)
+        for thread in threads:
+            pending.extend(int(child) for child in _read(f"/proc/{each}/task/{thread}/children").split())
+    return anonymous, tasks
 
 
 def oom_kills() -> int:

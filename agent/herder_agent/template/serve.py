@@ -288,7 +288,8 @@ class Server:
         head = (
             f'{{"t":"exited","child":{made.id},"pid":{made.pid},"status":{status},"utime":{usage.ru_utime!r},'
             f'"stime":{usage.ru_stime!r},"minflt":{usage.ru_minflt},"majflt":{usage.ru_majflt},'
-            f'"nvcsw":{usage.ru_nvcsw},"nivcsw":{usage.ru_nivcsw}}}'
+            f'"nvcsw":{usage.ru_nvcsw},"nivcsw":{usage.ru_nivcsw},"inblock":{usage.ru_inblock},'
+            f'"oublock":{usage.ru_oublock}}}'
         ).encode()
         self._ended.append((time.monotonic() + ORPHAN_LIMIT_S, wire.HEADER.pack(len(head), 0) + head))
 

@@ -52,6 +52,10 @@ def _exec(head: dict[str, Any], sockets: tuple[int, int, int], stdin: int) -> No
             raise NotEntered(error) from error
     if head.get("cpus"):
         os.sched_setaffinity(0, head["cpus"])
+    try:
+        system.enter_groups(head.get("groups") or [])
+    except OSError as error:
+        raise NoGroup(error.strerror) from error
     for name, (soft, hard) in (head.get("limits") or {}).items():
         system.set_limit(name, soft, hard)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -67,10 +71,16 @@ class NotEntered(Exception):
         super().__init__(error.strerror)
 
 
+class NoGroup(Exception):
+    """The control groups that hold its limits cannot be entered."""
+
+
 def _explain(head: dict[str, Any], error: BaseException) -> str:
     name = (head.get("argv") or ["?"])[0]
     if isinstance(error, NotEntered):
         return f"cannot enter the working folder {head.get('cwd')!r}: {error}"
+    if isinstance(error, NoGroup):
+        return f"cannot enter its control group: {error}"
     if isinstance(error, FileNotFoundError):
         path = head.get("env", {}).get("PATH", "")
         where = "" if "/" in name else f" on PATH ({path})"

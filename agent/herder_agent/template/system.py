@@ -55,6 +55,20 @@ def set_limit(name: str, soft: int, hard: int) -> None:
     resource.setrlimit(number, (soft, hard))
 
 
+def enter_groups(entrances: list[str]) -> None:
+    """Put this process into control groups, by their `cgroup.procs`.
+
+    Raises:
+        OSError: it may not.
+    """
+    for path in entrances:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
+
+
 class CStreams:
     """C's stdio, flushed only where something may be in it: `fflush` costs a forked child page faults.
 

@@ -171,6 +171,9 @@ class Runner:
         self._set_threads(head.get("threads") or 1)
         for name, value in (head.get("env") or {}).items():
             os.environ[name] = value
+        groups = head.get("groups")
+        if groups:
+            enter_groups(groups)
         limits = head.get("limits")
         if limits and limits != self._limits:
             for name, (soft, hard) in limits.items():
@@ -284,6 +287,14 @@ class Runner:
         channel.send(head, content or b"")
 
 
+def enter_groups(entrances: list[str]) -> None:
+    """Into the groups that hold this task's limits: without them it must not run."""
+    try:
+        system.enter_groups(entrances)
+    except OSError as error:
+        raise failures.Refusal("start_failed", f"its control group cannot be entered: {error}") from error
+
+
 class Rehearsal:
     """A no-op task, run by an idle child before its first: it brings in the pages that a task would wait for."""
 
@@ -346,6 +357,8 @@ class Usage:
             "stime": own.ru_stime - before.ru_stime + children.ru_stime - below.ru_stime,
             "minflt": own.ru_minflt - before.ru_minflt + children.ru_minflt - below.ru_minflt,
             "majflt": own.ru_majflt - before.ru_majflt + children.ru_majflt - below.ru_majflt,
+            "inblock": own.ru_inblock - before.ru_inblock + children.ru_inblock - below.ru_inblock,
+            "oublock": own.ru_oublock - before.ru_oublock + children.ru_oublock - below.ru_oublock,
         }
 
 
@@ -390,7 +403,8 @@ class Baseline:
 def _result_frame(content: bytes, used: dict[str, float]) -> bytes:
     head = (
         f'{{"t":"result","len":{len(content)},"blob":false,"wall":{used["wall"]:.6f},"utime":{used["utime"]:.6f},'
-        f'"stime":{used["stime"]:.6f},"minflt":{used["minflt"]},"majflt":{used["majflt"]}}}'
+        f'"stime":{used["stime"]:.6f},"minflt":{used["minflt"]},"majflt":{used["majflt"]},"inblock":{used["inblock"]},'
+        f'"oublock":{used["oublock"]}}}'
     ).encode()
     return b"".join((wire.HEADER.pack(len(head), len(content)), head, content))
 
@@ -451,6 +465,6 @@ def _mismatch(client: str, here: str) -> str:
     )
 
 
-_NOTHING_USED = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0}
+_NOTHING_USED = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0, "inblock": 0, "oublock": 0}
 _STARTED = wire.pack({"t": "started"})
 C_STREAMS = system.CStreams()

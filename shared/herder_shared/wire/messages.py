@@ -299,6 +299,8 @@ class NodeFacts(_Part, frozen=True):
     state_dir: str = ""
     #: Address of the agent's own metrics listener, or "".
     metrics_listen: str = ""
+    #: By what it holds attempts to their limits, and why, in words.
+    limits: str = ""
 
 
 class TemplateInfo(_Part, frozen=True):

@@ -18,7 +18,7 @@ from herder_agent.core.launchers import (
     IDLE_TEMPLATE_S,
     REFUSAL_S,
 )
-from herder_agent.core.state import State, check_invariants, new_state
+from herder_agent.core.state import PIDS, State, check_invariants, new_state
 from herder_agent.core.step import next_deadline_s, step
 from herder_shared.ids import AttemptId, BlobId, JobId, NodeName, WorkloadKey
 from herder_shared.limits import KILL_GRACE_S, TEMPLATE_TRIES_MAX
@@ -26,6 +26,7 @@ from herder_shared.states import Cause, CoreState, Outcome
 from herder_shared.wire.messages import (
     AttemptEnd,
     AttemptStart,
+    Failure,
     JobBrief,
     Payload,
     RunningAttempt,
@@ -237,6 +238,59 @@ def test_sigkill_while_the_kernel_ran_out_of_memory_is_out_of_memory() -> None:
     machine.take(ev.ChildExited(1, ev.Exit(signal.SIGKILL, oom_seen=True)))
     (end,) = ended(machine.take(ev.LeftoversGone()))
     assert end.outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_killed_for_its_own_limit_is_out_of_memory_with_peak_and_limit() -> None:
+    machine = Machine(memory_bytes=1000).serving()
+    machine.take(ev.ChildExited(1, ev.Exit(signal.SIGKILL, peak_bytes=1000, memory_source="cgroup", limit_hit=True)))
+    (end,) = ended(machine.take(ev.LeftoversGone()))
+    assert end.outcome is Outcome.OUT_OF_MEMORY
+    assert end.failure is not None
+    assert end.failure.limit_bytes == 1000
+    assert (end.usage.peak_memory_bytes, end.usage.memory_source) == (1000, "cgroup")
+
+
+@pytest.mark.parametrize(("is_limit", "outcome"), [(True, Outcome.OUT_OF_MEMORY), (False, Outcome.FAILED)])
+def test_failure_is_out_of_memory_where_the_kernel_killed_a_process_of_its_for_it(
+    is_limit: bool, outcome: Outcome
+) -> None:
+    machine = Machine(memory_bytes=1000).serving()
+    failure = Failure(Cause.EXCEPTION, "a process below died")
+    machine.take(ev.ChildStarted(1))
+    (end,) = ended(machine.take(ev.ChildAnswered(1, ev.Answer(failure=failure, limit_hit=is_limit))))
+    assert end.outcome is outcome
+
+
+def test_success_stands_although_a_process_of_its_was_killed_for_memory() -> None:
+    machine = Machine(memory_bytes=1000).serving()
+    machine.take(ev.ChildStarted(1))
+    (end,) = ended(machine.take(ev.ChildAnswered(1, replace(ONE, limit_hit=True, read_bytes=7, write_bytes=9))))
+    assert end.outcome is Outcome.SUCCEEDED
+    assert (end.usage.read_bytes, end.usage.write_bytes) == (7, 9)
+
+
+@pytest.mark.parametrize(("spec", "limit"), [(SPEC, PIDS), (WorkloadSpec(KEY, pids=20), 20)])
+def test_more_processes_than_it_may_have_end_it_with_their_number(spec: WorkloadSpec, limit: int) -> None:
+    machine = Machine(spec=spec).serving()
+    machine.take(ev.ChildStarted(1))
+    assert machine.take(ev.MemorySeen(1, 5, limit)) == []
+    assert machine.take(ev.MemorySeen(1, 5, limit + 1)) == [fx.SignalChild(1, signal.SIGKILL)]
+    machine.take(ev.ChildExited(1, ev.Exit(signal.SIGKILL)))
+    (end,) = ended(machine.take(ev.LeftoversGone()))
+    assert end.outcome is Outcome.CRASHED
+    assert end.failure is not None
+    assert f"had {limit + 1} processes and threads at once, its limit (pids) is {limit}" in end.failure.message
+
+
+@pytest.mark.parametrize(("blas", "threads"), [("cores", 2), (5, 5)])
+def test_threads_are_those_of_the_slot_or_what_the_workload_says(blas: Any, threads: int) -> None:
+    machine = Machine(spec=WorkloadSpec(KEY, blas_threads=blas, pids=9), cores=2)
+    machine.options = TaskOptions(cores=2)
+    machine.order(1)
+    forks = machine.ready()
+    assert isinstance(forks[0], fx.ForkChildren)
+    (sent,) = [effect for effect in machine.forked(*forks[0].children) if isinstance(effect, fx.SendTask)]
+    assert (sent.grant.threads, sent.grant.pids, sent.grant.cpus) == (threads, 9, (0, 1))
 
 
 def test_timeout_is_sigterm_then_sigkill() -> None:

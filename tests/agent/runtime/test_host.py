@@ -34,6 +34,27 @@ def test_all_usable_cpus_are_listed_once() -> None:
     assert sorted(host.usable_cpus()) == sorted(os.sched_getaffinity(0))
 
 
+def test_places_are_read_from_the_kernels_lists(tmp_path: Path) -> None:
+    for node, cpus in ((0, "0-1,4-5"), (1, "2-3,6-7")):
+        (tmp_path / f"node/node{node}").mkdir(parents=True)
+        (tmp_path / f"node/node{node}/cpulist").write_text(f"{cpus}\n")
+    for cpu in range(7):
+        (tmp_path / f"cpu/cpu{cpu}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu/cpu{cpu}/topology/thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    found = host.places((0, 1, 2, 3, 4, 5, 6, 7), tmp_path)
+    assert [place.numa for place in found] == [0, 0, 1, 1, 0, 0, 1, 1]
+    # Of the last the kernel says nothing.
+    assert [place.core for place in found] == [0, 1, 2, 3, 0, 1, 2, 7]
+
+
+def test_command_has_the_threads_of_its_slot_unless_somebody_says(tmp_path: Path) -> None:
+    spec = WorkloadSpec(WorkloadKey("w" * 16), env={"OMP_NUM_THREADS": "1"})
+    environment = host.template_environment({"PATH": "/bin"}, spec, {}) | {"MKL_NUM_THREADS": "7"}
+    threads = host.thread_environment(environment, spec, 4)
+    assert threads["OPENBLAS_NUM_THREADS"] == "4"
+    assert not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & threads.keys()
+
+
 def test_memory_and_processor_use_are_plausible() -> None:
     assert 0 < host.memory_used_bytes() < host.memory_total_bytes() * 100
     assert set(host.cpu_seconds()) >= set(os.sched_getaffinity(0))

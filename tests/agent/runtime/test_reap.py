@@ -44,7 +44,9 @@ def test_memory_of_a_tree_is_the_sum_of_its_processes() -> None:
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        tree = reap.anon_bytes_of_tree(process.pid)
+        tree, tasks = reap.tree_of(process.pid)
+        assert tasks == 2
+        assert reap.own_bytes(process.pid) >= reap.anon_bytes(process.pid) > 0
         assert tree > (30 << 20) + reap.anon_bytes(process.pid) - 1
         assert reap.anon_bytes(process.pid) < 30 << 20
         assert reap.shared_bytes(process.pid) > 0

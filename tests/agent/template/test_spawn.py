@@ -74,6 +74,16 @@ def test_missing_working_folder_is_told(spawner: driver.Template) -> None:
     assert answer["message"] == "cannot enter the working folder '/no/such/folder': No such file or directory"
 
 
+def test_command_enters_its_groups_before_it_runs_or_does_not_run(spawner: driver.Template, tmp_path: Path) -> None:
+    entrance = tmp_path / "cgroup.procs"
+    entrance.write_text("")
+    child = _started(spawner.exec(["cat", str(entrance)], groups=[str(entrance)]))
+    assert child.output()[0] == "0"
+    answer = spawner.exec(["true"], groups=[str(tmp_path / "gone")])
+    assert isinstance(answer, dict)
+    assert answer["message"] == "cannot enter its control group: No such file or directory"
+
+
 def test_command_is_killed_with_all_its_processes(spawner: driver.Template) -> None:
     child = _started(spawner.exec(["sh", "-c", "setsid sleep 600 & echo $!; wait"]))
     pid = int(os.read(child.out, 100))

@@ -52,6 +52,32 @@ def test_limits_affinity_environment_and_scratch_are_set(bare: driver.Template, 
     assert found == ((0, 0), [cpu], ("red", "2"), "j0b.7", 2, "here", scratch)
 
 
+def test_child_enters_its_groups_before_the_task_or_refuses_it(bare: driver.Template, tmp_path: Path) -> None:
+    entrance = tmp_path / "cgroup.procs"
+    entrance.write_text("")
+    child = bare.fork()
+    assert child.run(entrance.read_text, groups=[str(entrance)]) == "0"
+    child = bare.fork()
+    child.send(len, "abc", groups=[str(tmp_path / "gone" / "cgroup.procs")])
+    head, _ = child.answer()
+    assert (head["t"], head["cause"], head["retryable"]) == ("error", "start_failed", True)
+    assert "its control group cannot be entered" in head["message"]
+
+
+def test_what_a_task_writes_to_storage_is_in_its_answer(bare: driver.Template, tmp_path: Path) -> None:
+    def write() -> None:
+        with open(tmp_path / "file", "wb") as file:
+            file.write(b"x" * (1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+
+    child = bare.fork()
+    child.send(write)
+    head, _ = child.answer()
+    assert head["oublock"] >= 2048
+    assert child.exited()["oublock"] >= 2048
+
+
 def test_memory_limit_is_a_memory_error_of_the_task_alone(bare: driver.Template) -> None:
     child = bare.fork()
     child.send(lambda: len(bytearray(1 << 30)), limits={"RLIMIT_AS": [1 << 29, 1 << 29]})
