@@ -15,24 +15,32 @@ if TYPE_CHECKING:
 __all__ = ["SAFE", "UNKNOWN", "UNSAFE", "Finding", "Report", "audit", "probe_fork"]
 
 
-def audit(own: Iterable[int], allow_threads: Iterable[str] = (), baseline: list[Any] | None = None) -> Report:
+def audit(
+    own: Iterable[int],
+    allow_threads: Iterable[str] = (),
+    baseline: list[Any] | None = None,
+    environment: cures.Environment | None = None,
+) -> Report:
     """Look at this process. `own` are the descriptors of the template itself, `baseline` locks that were held before
-    its first step."""
+    its first step, `environment` the cures that were set there."""
     report = Report()
+    maps = system.mappings()
+    if environment is not None:
+        report.applied.extend(environment.take_effect(maps))
     ended: list[threads.Thread] = []
-    alive = threads.others()
-    if alive:
-        alive = _end_openmp(report, alive)
-    if alive:
+    alive = threads.others(maps)
+    if any("openblas" in thread.owner or not rules.is_harmless(thread) for thread in alive):
+        alive = _end_openmp(report, alive, maps)
         # Libraries with fork handlers (OpenBLAS) end their threads when the process forks: what is left is what
         # matters.
         before = {thread.tid: thread for thread in alive}
         probe_fork()
-        alive = threads.others()
+        maps = system.mappings()  # others start theirs anew
+        alive = threads.others(maps)
         left = {thread.tid for thread in alive}
         ended = [thread for tid, thread in before.items() if tid not in left]
     report.thread_count = len(alive) + 1
-    scene = rules.Scene(own, allow_threads, baseline or [], alive, ended)
+    scene = rules.Scene(own, allow_threads, baseline or [], alive, ended, maps)
     for rule in rules.RULES:
         report.findings.extend(rule.apply(scene))
     report.kept = [descriptor.fd for descriptor in scene.descriptors if descriptor.finding is None]
@@ -47,12 +55,14 @@ def probe_fork() -> None:
     os.waitpid(pid, 0)
 
 
-def _end_openmp(report: Report, alive: list[threads.Thread]) -> list[threads.Thread]:
+def _end_openmp(
+    report: Report, alive: list[threads.Thread], maps: list[system.Mapping]
+) -> list[threads.Thread]:
     """End the idle threads of each OpenMP runtime. Returns the threads that are left."""
-    paused = cures.end_openmp(system.mappings())
+    paused = cures.end_openmp(maps)
     if not paused:
         return alive
-    left = threads.others()
+    left = threads.others(maps)
     if len(left) < len(alive):
         report.applied.extend(f"omp_pause_resource_all on {name}: its idle threads were ended" for name in paused)
     return left

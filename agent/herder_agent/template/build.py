@@ -65,8 +65,8 @@ class Template:
     def _take(self, name: str) -> None:
         seconds = self._steps.take(name)
         began = time.perf_counter()
-        report = audit.audit(self._own, self._workload.get("allow_threads") or (), self._locks)
-        report.applied[:0] = [*self._cures.take_effect(system.mappings()), *self._steps.applied]
+        report = audit.audit(self._own, self._workload.get("allow_threads") or (), self._locks, self._cures)
+        report.applied[:0] = self._steps.applied
         self._steps.applied.clear()
         self._reports.append(report)
         self._tell_step(name, seconds, report, time.perf_counter() - began)
@@ -93,9 +93,9 @@ class Template:
         first = self._reports[safe[-1] + 1].first_unsafe() if safe else finding
         step = names[safe[-1] + 1] if safe else names[0]
         reason = f"after {step!r}: {first or finding}"
-        cure = f" Cure: {first.cure}" if first is not None and first.cure else ""
+        cure = f". Cure: {first.cure}" if first is not None and first.cure else ""
         if self._start == "fork":
-            self._tell_failed(f"forking is not safe {reason}.{cure}")
+            self._tell_failed(f"forking is not safe {reason}{cure}")
         else:
             self._retreat(len(self._reports) - 1, reason + cure)
 
@@ -156,7 +156,7 @@ class Template:
         self._tell_step("seal", seconds, report)
         reason = self._opening.get("reason", "")
         if rest:
-            reason += f" Each child takes these steps itself: {', '.join(rest)}"
+            reason += f"{'. ' if reason else ''}Each child takes these steps itself: {', '.join(rest)}"
         how: dict[str, Any] = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
         how["fork_cost_s"] = canary.fork_cost_s()
         life.send_ready(self._channel, self._opening, how)

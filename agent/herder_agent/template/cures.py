@@ -67,7 +67,8 @@ class Environment:
         names = {mapping.path.rpartition("/")[2] for mapping in maps if mapping.path}
         lines = []
         for cure in CURES:
-            if cure.variable in self._reported or os.environ.get(cure.variable) != cure.value:
+            # polars puts its own settings around ours.
+            if cure.variable in self._reported or cure.value not in os.environ.get(cure.variable, "").split(","):
                 continue
             if any(name.startswith(cure.stems) for name in names):
                 self._reported.add(cure.variable)

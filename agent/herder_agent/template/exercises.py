@@ -48,12 +48,13 @@ def _numpy(numpy: Any) -> None:
 
 def _polars(polars: Any) -> None:
     frame = polars.DataFrame({"key": [n % 7 for n in range(1000)], "value": list(range(1000))})
-    _ = frame.group_by("key").agg(polars.col("value").sum()).sort("key")
+    frame.group_by("key").agg(polars.col("value").sum()).sort("key")
 
 
-def _pyarrow(pyarrow: Any) -> None:
+def _pyarrow(_: Any) -> None:
+    pyarrow = sys.modules["pyarrow"]
     keys = pyarrow.array([n % 7 for n in range(1000)])
-    _ = pyarrow.table({"key": keys, "value": keys}).group_by("key").aggregate([("value", "sum")])
+    pyarrow.table({"key": keys, "value": keys}).group_by("key").aggregate([("value", "sum")])
 
 
 def _duckdb(duckdb: Any) -> None:
@@ -81,7 +82,8 @@ _EXERCISES: dict[str, Callable[[Any], None]] = {
     "numpy": _numpy,
     "scipy.fft": _scipy_fft,
     "polars": _polars,
-    "pyarrow": _pyarrow,
+    # Not "pyarrow" alone: a second's imports would come with it, of what has not been used yet.
+    "pyarrow.acero": _pyarrow,
     "duckdb": _duckdb,
     "torch": _torch,
     "cv2": _opencv,

@@ -59,11 +59,12 @@ class Scene:
         baseline: list[Any],
         alive: list[threads.Thread],
         ended: list[threads.Thread],
+        maps: list[system.Mapping],
     ) -> None:
         self.allowed = list(allowed)
         self.alive = alive
         self.ended = ended
-        self.maps = system.mappings()
+        self.maps = maps
         self.descriptors = judged(set(own))
         self.objects = objects.look(baseline)
 
@@ -79,39 +80,41 @@ class Scene:
 def python_threads(scene: Scene) -> Iterator[Finding]:
     """Python threads, also those behind executors, queues and event loops"""
     reason = "it does not exist in a forked child: locks that it holds stay locked, what it was to do never happens"
-    for thread in scene.threads_by("R1"):
+    for thread, seen in _grouped(scene.threads_by("R1")):
         name = thread.python_name or thread.name
         end = next(
             (cure for stem, cure in _PYTHON_CURES if name.startswith(stem)),
             "end it in setup (executor.shutdown(wait=True), thread.join())",
         )
         cure = f'{end}, start it in the tasks, declare it harmless with allow_threads=("{name}",), {FRESH}'
-        yield Finding("R1", str(thread), reason, cure)
+        yield Finding("R1", seen, reason, cure)
 
 
 def hazardous_threads(scene: Scene) -> Iterator[Finding]:
     """native threads, each attributed to the library whose frames are on its stack"""
-    for thread in scene.threads_by("R2"):
+    for thread, seen in _grouped(scene.threads_by("R2")):
         hazard = _hazard_of(thread)
         assert hazard is not None
-        yield Finding("R2", str(thread), hazard[1], hazard[2])
+        yield Finding("R2", seen, hazard[1], hazard[2])
 
 
 def harmless_threads(scene: Scene) -> Iterator[Finding]:
     """native threads which are known to cope, which end at a fork, or which the workload allows by name"""
-    for thread in scene.ended:
-        yield Finding("R3", str(thread), "ended before the fork", verdict=ALLOWED)
-    for thread in scene.threads_by("R3"):
+    alive = {str(thread) for thread in scene.alive}
+    # What ended and is there again (gRPC's) is judged as what it is.
+    for _, seen in _grouped(thread for thread in scene.ended if str(thread) not in alive):
+        yield Finding("R3", seen, "ended before the fork", verdict=ALLOWED)
+    for thread, seen in _grouped(scene.threads_by("R3")):
         asked = _is_allowed(thread, scene.allowed)
         reason = "allowed by the workload (allow_threads)" if asked else "known to cope with a fork"
-        yield Finding("R3", str(thread), reason, verdict=ALLOWED)
+        yield Finding("R3", seen, reason, verdict=ALLOWED)
 
 
 def unknown_threads(scene: Scene) -> Iterator[Finding]:
     """any other native thread"""
-    for thread in scene.threads_by("R4"):
+    for thread, seen in _grouped(scene.threads_by("R4")):
         cure = f'declare it harmless with allow_threads=("{thread.name}",), {FRESH}'
-        yield Finding("R4", str(thread), "not known; a canary child decides", cure, UNKNOWN)
+        yield Finding("R4", seen, "not known; a canary child decides", cure, UNKNOWN)
 
 
 def gpus(scene: Scene) -> Iterator[Finding]:
@@ -232,14 +235,28 @@ def table() -> str:
     return "\n".join(["| rule | looks at | unsafe when |", "|---|---|---|", *rows])
 
 
+def _grouped(alike: Iterable[threads.Thread]) -> Iterator[tuple[threads.Thread, str]]:
+    """One of each sort, and how to name all of its sort."""
+    sorts: dict[str, list[threads.Thread]] = {}
+    for thread in alike:
+        sorts.setdefault(str(thread), []).append(thread)
+    for name, same in sorts.items():
+        yield same[0], name if len(same) == 1 else f"{name} ({len(same)} of them)"
+
+
 def _rule_of(thread: threads.Thread, allowed: list[str]) -> str:
     if _is_allowed(thread, allowed):
         return "R3"
     if thread.is_python:
         return "R1"
-    if thread.owner.startswith(_HARMLESS) or thread.name.startswith(_HARMLESS):
+    if is_harmless(thread):
         return "R3"
     return "R4" if _hazard_of(thread) is None else "R2"
+
+
+def is_harmless(thread: threads.Thread) -> bool:
+    """Whether it is known to cope with a fork."""
+    return not thread.is_python and (thread.owner.startswith(_HARMLESS) or thread.name.startswith(_HARMLESS))
 
 
 def _is_allowed(thread: threads.Thread, allowed: list[str]) -> bool:
