@@ -40,7 +40,7 @@ def audit(
         left = {thread.tid for thread in alive}
         ended = [thread for tid, thread in before.items() if tid not in left]
     report.thread_count = len(alive) + 1
-    scene = rules.Scene(own, allow_threads, baseline or [], alive, ended, maps)
+    scene = rules.Scene(own=own, allowed=allow_threads, baseline=baseline or [], alive=alive, ended=ended, maps=maps)
     for rule in rules.RULES:
         report.findings.extend(rule.apply(scene))
     report.kept = [descriptor.fd for descriptor in scene.descriptors if descriptor.finding is None]
@@ -55,9 +55,7 @@ def probe_fork() -> None:
     os.waitpid(pid, 0)
 
 
-def _end_openmp(
-    report: Report, alive: list[threads.Thread], maps: list[system.Mapping]
-) -> list[threads.Thread]:
+def _end_openmp(report: Report, alive: list[threads.Thread], maps: list[system.Mapping]) -> list[threads.Thread]:
     """End the idle threads of each OpenMP runtime. Returns the threads that are left."""
     paused = cures.end_openmp(maps)
     if not paused:

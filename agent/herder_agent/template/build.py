@@ -157,7 +157,12 @@ class Template:
         reason = self._opening.get("reason", "")
         if rest:
             reason += f"{'. ' if reason else ''}Each child takes these steps itself: {', '.join(rest)}"
-        how: dict[str, Any] = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
+        how: dict[str, Any] = {
+            "start": "fork",
+            "fork_point": taken[-1],
+            "reason": reason.strip(),
+            "python": plan.python,
+        }
         how["fork_cost_s"] = canary.fork_cost_s()
         life.send_ready(self._channel, self._opening, how)
         return functools.partial(child.run_forked, plan)

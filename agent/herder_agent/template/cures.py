@@ -12,10 +12,6 @@ import os
 
 from . import system
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 
 class Cure:
     """An environment variable. `stems` begin the names of the libraries that obey it; `ours`: set here, not by the

@@ -44,16 +44,29 @@ def whereabouts(thing: Any) -> str:
     """Who has this object, as far as that can be told in a word: "module.name" or "an attribute of Type"."""
     for holder in gc.get_referrers(thing):
         if isinstance(holder, dict):
-            for name, module in list(sys.modules.items()):
-                if getattr(module, "__dict__", None) is holder:
-                    key = next((key for key, value in holder.items() if value is thing), "?")
-                    return f"{name}.{key}"
-            owner = next((o for o in gc.get_referrers(holder) if getattr(o, "__dict__", None) is holder), None)
-            if owner is not None:
-                return f"of a {type(owner).__module__}.{type(owner).__qualname__}"
+            place = _place_in(holder, thing)
+            if place:
+                return place
         elif type(holder).__module__ != "builtins" and type(holder).__flags__ & _HEAP_TYPE:
             return f"of a {type(holder).__module__}.{type(holder).__qualname__}"
     return ""
+
+
+def _place_in(holder: dict[Any, Any], thing: Any) -> str:
+    """Of what module or object `holder` is the dictionary."""
+    for name, module in list(sys.modules.items()):
+        if _dict_of(module) is holder:
+            return f"{name}.{next((key for key, value in holder.items() if value is thing), '?')}"
+    owner = next((each for each in gc.get_referrers(holder) if _dict_of(each) is holder), None)
+    return "" if owner is None else f"of a {type(owner).__module__}.{type(owner).__qualname__}"
+
+
+def _dict_of(thing: Any) -> Any:
+    """Without asking the object, which may be somebody's lazy one."""
+    try:
+        return object.__getattribute__(thing, "__dict__")
+    except AttributeError:
+        return None
 
 
 def _scan(known: set[int]) -> Objects:
@@ -103,7 +116,8 @@ def _loop_types() -> set[type]:
     while front:
         kind = front.pop()
         found.add(kind)
-        front.extend(below for below in type.__subclasses__(kind) if below not in found)
+        below: list[type] = type.__subclasses__(kind)
+        front.extend(each for each in below if each not in found)
     # Nobody makes one of the abstract classes, whose `is_closed` raises.
     return {kind for kind in found if kind.is_closed is not events.AbstractEventLoop.is_closed}  # type: ignore[attr-defined]
 

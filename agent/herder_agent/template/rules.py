@@ -54,6 +54,7 @@ class Scene:
 
     def __init__(
         self,
+        *,
         own: Iterable[int],
         allowed: Iterable[str],
         baseline: list[Any],

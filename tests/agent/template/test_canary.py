@@ -64,7 +64,9 @@ def test_canary_that_deadlocks_is_proved_so_quickly() -> None:
 
 
 def test_search_for_a_state_whose_canary_lives_is_bounded(tmp_path: Path) -> None:
-    (tmp_path / "dies.py").write_text("import os\nos.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), 11))\n")
+    (tmp_path / "dies.py").write_text(
+        "import os\nos.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), 11))\n"
+    )
     with driver.template() as running:
         answer = running.open(paths=[str(tmp_path)], preload=["dies", "decimal", "fractions", "colorsys", "cmd"])
         running.process.wait(10)

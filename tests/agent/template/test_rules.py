@@ -246,7 +246,8 @@ def test_open_event_loop_is_unsafe_and_one_that_was_closed_is_not() -> None:
 
         import herder
 
-        return herder.shared().run_until_complete(asyncio.sleep(0, True))
+        done: bool = herder.shared().run_until_complete(asyncio.sleep(0, True))
+        return done
 
     with driver.ready(leave_open) as running:
         assert "event loop" in _only(running, "R7")["seen"]
