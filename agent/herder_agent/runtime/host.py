@@ -59,6 +59,7 @@ _ONE_THREAD = (
     "NUMBA_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
     "BLIS_NUM_THREADS",
+    "POLARS_MAX_THREADS",
 )
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60

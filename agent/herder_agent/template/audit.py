@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from . import cures, rules, system, threads
 from .findings import SAFE, UNKNOWN, UNSAFE, Finding, Report
@@ -11,6 +12,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
+
+#: Threads that are about to end (of a channel just closed, an executor told to stop) get this long.
+SETTLE_S = 0.25
+SETTLE_POLL_S = 0.005
 
 __all__ = ["SAFE", "UNKNOWN", "UNSAFE", "Finding", "Report", "audit", "probe_fork"]
 
@@ -30,7 +35,7 @@ def audit(
     ended: list[threads.Thread] = []
     alive = threads.others(maps)
     if any("openblas" in thread.owner or not rules.is_harmless(thread) for thread in alive):
-        alive = _end_openmp(report, alive, maps)
+        alive = _settled(_end_openmp(report, alive, maps), list(allow_threads), maps)
         # Libraries with fork handlers (OpenBLAS) end their threads when the process forks: what is left is what
         # matters.
         before = {thread.tid: thread for thread in alive}
@@ -45,6 +50,17 @@ def audit(
         report.findings.extend(rule.apply(scene))
     report.kept = [descriptor.fd for descriptor in scene.descriptors if descriptor.finding is None]
     return report
+
+
+def _settled(alive: list[threads.Thread], allowed: list[str], maps: list[system.Mapping]) -> list[threads.Thread]:
+    """What is left of these threads once those which nothing excuses have had a moment to end."""
+    doubtful = {thread.tid for thread in alive if not rules.is_excused(thread, allowed)}
+    if not doubtful:
+        return alive
+    deadline = time.monotonic() + SETTLE_S
+    while doubtful.intersection(system.thread_ids()) and time.monotonic() < deadline:
+        time.sleep(SETTLE_POLL_S)
+    return threads.others(maps)
 
 
 def probe_fork() -> None:

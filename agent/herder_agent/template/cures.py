@@ -3,12 +3,13 @@
 A cure of the environment must stand before the library is loaded, so all of them are set at the step "start"; it is
 reported at the step in which a library that obeys it turns up. Threads of numerical libraries are kept at one by the
 agent (`host.template_environment`), for fresh interpreters, too, and a child is given its slot's number with each task.
-Not among them, on purpose: settings which a child could not take back, such as the size of arrow's or polars' pool.
+Not among them, on purpose: settings which a child could not take back, such as the number of arrow's threads for I/O.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 from . import system
 
@@ -39,6 +40,7 @@ CURES = (
     Cure("OPENBLAS_NUM_THREADS", "1", ("libopenblas", "libscipy_openblas"), _NO_POOL, False),
     Cure("MKL_NUM_THREADS", "1", ("libmkl_rt", "libmkl_core"), _NO_POOL, False),
     Cure("BLIS_NUM_THREADS", "1", ("libblis",), _NO_POOL, False),
+    Cure("POLARS_MAX_THREADS", "1", ("_polars_runtime", "polars."), _NO_POOL, False),
     Cure("NUMEXPR_NUM_THREADS", "1", ("interpreter.cpython",), _NO_POOL, False),
     Cure("NUMBA_NUM_THREADS", "1", ("workqueue.cpython", "omppool.cpython", "tbbpool.cpython"), _NO_POOL, False),
 )  # fmt: skip
@@ -77,3 +79,11 @@ def end_openmp(maps: list[system.Mapping]) -> list[str]:
     did so."""
     paths = sorted({m.path for m in maps if m.path.rpartition("/")[2].startswith(OPENMP)})
     return [path.rpartition("/")[2] for path in system.pause_openmp(paths)]
+
+
+def tell_polars() -> None:
+    """In a child: polars 2 reads its settings when it is imported, and again when it is told; its pool is made by the
+    first query."""
+    reload = getattr(sys.modules.get("polars._plr"), "config_reload_env_vars", None)
+    if reload is not None:
+        reload()

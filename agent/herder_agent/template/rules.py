@@ -260,6 +260,11 @@ def is_harmless(thread: threads.Thread) -> bool:
     return not thread.is_python and (thread.owner.startswith(_HARMLESS) or thread.name.startswith(_HARMLESS))
 
 
+def is_excused(thread: threads.Thread, allowed: list[str]) -> bool:
+    """Whether it is known to be harmless, or allowed by name."""
+    return is_harmless(thread) or _is_allowed(thread, allowed)
+
+
 def _is_allowed(thread: threads.Thread, allowed: list[str]) -> bool:
     names = (thread.name, thread.python_name, thread.owner)
     return any(name and fnmatch.fnmatchcase(name, pattern) for name in names for pattern in allowed)
