@@ -1,7 +1,8 @@
 """`herder audit MODULE... [--setup pkg.mod:fn]`: a real template, step by step, and what a fork from it would cost.
 
 Not a simulation: the template that the agent would start is started under the chosen interpreter, its own account of
-each step is shown, and forks and fresh starts are timed on the spot. Exit status: 0 when forking is possible, else 1.
+each step is shown, and forks and fresh starts are timed on the spot. Exit status: 0 when forking is possible; 1 when it
+is not, or when a module is not installed (the others are audited all the same).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from herder_agent.runtime.host import template_environment
 from herder_shared.limits import MIB
 from herder_shared.wire.messages import AuditFinding, AuditStep
 
@@ -37,16 +39,12 @@ FORKS_TIMED = 20
 STARTS_TIMED = 3
 #: A template that says nothing for this long (a preload or setup that hangs) is given up.
 STEP_LIMIT_S = 600.0
-#: As the agent sets them for each template.
-_ONE_THREAD = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-)
+#: Prints those of its arguments whose package this interpreter does not find.
+_FIND_MISSING = """
+import importlib.util, sys
+sys.path.insert(0, sys.argv[1])
+print(*(name for name in sys.argv[2:] if importlib.util.find_spec(name.partition(".")[0]) is None))
+"""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -57,9 +55,14 @@ class Verdict(msgspec.Struct, frozen=True):
     fork_point: str
     reason: str
     steps: tuple[AuditStep, ...]
-    #: Medians in seconds; None where that start was impossible.
+    #: Medians in seconds; None where that start was impossible. A child's life from being asked for to its end, with
+    #: the steps that it must take itself; a fresh interpreter until it is ready, preload and setup included.
     fork_s: float | None = None
     fresh_s: float | None = None
+    #: One bare fork of the sealed template, as it measured it itself.
+    fork_cost_s: float | None = None
+    #: Modules that the interpreter does not have; they were left out.
+    missing: tuple[str, ...] = ()
 
 
 class Broken(Exception):
@@ -76,7 +79,7 @@ def command(ctx: click.Context, modules: tuple[str, ...], setup: str | None, pyt
     """Is it safe to fork after importing MODULE... (and running a setup function)?
 
     Starts a real template, audits it after each step, chooses the fork point, and measures what a fork from there costs
-    against a fresh interpreter. Exits with 0 when forking is possible, 1 when it is not.
+    against a fresh interpreter. Exits with 0 when forking is possible, 1 when it is not or when a module is missing.
     """
     try:
         verdict = audit(modules, setup=_function_name(setup), python=python)
@@ -86,12 +89,14 @@ def command(ctx: click.Context, modules: tuple[str, ...], setup: str | None, pyt
         click.echo(msgspec.json.format(msgspec.json.encode(verdict)).decode())
     else:
         _show(verdict, Console())
-    ctx.exit(0 if verdict.start == "fork" else 1)
+    ctx.exit(0 if verdict.start == "fork" and not verdict.missing else 1)
 
 
 def audit(modules: tuple[str, ...], *, setup: str | None, python: str) -> Verdict:
     """Run the template and time it. Raises Broken."""
-    workload = {"name": "audit", "start": "auto", "preload": list(modules), "max_tasks_per_child": 1}
+    missing = _missing(python, modules)
+    preload = [name for name in modules if name not in missing]
+    workload = {"name": "audit", "start": "auto", "preload": preload, "max_tasks_per_child": 1}
     if setup is not None:
         workload |= {"setup_import": setup, "setup_name": setup}
     workload["paths"] = [str(Path.cwd())]
@@ -102,7 +107,9 @@ def audit(modules: tuple[str, ...], *, setup: str | None, python: str) -> Verdic
         while (answer := control.receive())["t"] == "step":
             steps.append(_step(answer))
         if answer["t"] == "failed":
-            raise Broken("\n".join(part for part in (answer.get("traceback"), answer["message"]) if part))
+            # What is not importable is told in a line; only the user's own code deserves a traceback.
+            trace = "" if answer.get("type") == "ModuleNotFoundError" else answer.get("traceback", "")
+            raise Broken("\n".join(part for part in (trace, answer["message"]) if part))
         fork_s = _time_forks(control) if answer["start"] == "fork" else None
     fresh_s = statistics.median(_time_fresh(python, opening) for _ in range(STARTS_TIMED))
     return Verdict(
@@ -113,7 +120,25 @@ def audit(modules: tuple[str, ...], *, setup: str | None, python: str) -> Verdic
         steps=tuple(steps),
         fork_s=fork_s,
         fresh_s=fresh_s,
+        fork_cost_s=answer.get("fork_cost_s"),
+        missing=missing,
     )
+
+
+def _missing(python: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+    command_line = [python, "-P", "-c", _FIND_MISSING, str(Path.cwd()), *modules]
+    try:
+        done = subprocess.run(command_line, env=_environment(), capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Broken(f"cannot run {python!r}: {error.strerror}") from error
+    if done.returncode:
+        raise Broken(f"{python!r} cannot look for modules: {done.stderr.strip()[-500:]}")
+    return tuple(done.stdout.split())
+
+
+def _environment() -> dict[str, str]:
+    """As the agent gives it to templates."""
+    return template_environment(os.environ, None, {})
 
 
 class _Control:
@@ -157,11 +182,10 @@ class _Control:
 def _program(python: str, script: str) -> Iterator[_Control]:
     """A template or fresh child, ended and reaped at exit."""
     ours, theirs = socket.socketpair()
-    environment = os.environ | dict.fromkeys(_ONE_THREAD, "1")
     try:
         process = subprocess.Popen(
             [python, "-P", "-X", "utf8", str(_FOLDER / script), str(theirs.fileno())],
-            env=environment,
+            env=_environment(),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=2,  # what modules print must not mix with our own output
@@ -256,22 +280,36 @@ def _show(verdict: Verdict, console: Console) -> None:
         memory = f"{step.rss_bytes / MIB:.0f} MiB"
         shown = f"[{colours.get(step.verdict, 'default')}]{step.verdict}[/]"
         table.add_row(escape(step.step), f"{step.seconds:.3f}", memory, str(step.threads), shown)
+    for name in verdict.missing:
+        table.add_row(escape(f"import {name}"), "-", "-", "-", "[red]not installed[/]")
     console.print(table)
+    told: set[str] = set()
     for step in verdict.steps:
         for line in _lines(step):
-            console.print(f"[bold]{escape(step.step)}[/] {escape(line)}", soft_wrap=True, highlight=False)
+            # What was there after an earlier step is not told again, unless it is what forbids a fork here.
+            if line not in told or step.verdict == "unsafe":
+                console.print(f"[bold]{escape(step.step)}[/] {escape(line)}", soft_wrap=True, highlight=False)
+            told.add(line)
     if verdict.start == "fork":
         start = f"[bold green]Forks after {escape(repr(verdict.fork_point))}.[/]"
     else:
         start = "[bold red]Fresh interpreters only.[/]"
     console.print(f"{start} {escape(verdict.reason)}".rstrip(), soft_wrap=True, highlight=False)
+    for line in _costs(verdict):
+        console.print(line, soft_wrap=True)
+    for name in verdict.missing:
+        note = f"{name!r} is not installed for this interpreter, and was left out."
+        console.print(f"[bold red]Missing:[/] {escape(note)}", soft_wrap=True, highlight=False)
+
+
+def _costs(verdict: Verdict) -> Iterator[str]:
+    if verdict.fork_cost_s is not None:
+        yield f"A bare fork there costs {verdict.fork_cost_s * 1000:.2f} ms (median, measured by the template)."
     if verdict.fork_s is not None:
-        console.print(f"A child forked there lives {verdict.fork_s * 1000:.2f} ms (median of {FORKS_TIMED}; no task).")
+        yield f"A child forked there lives {verdict.fork_s * 1000:.2f} ms (median of {FORKS_TIMED}; no task)."
     if verdict.fresh_s is not None:
         ratio = f", {verdict.fresh_s / verdict.fork_s:.0f} times as long" if verdict.fork_s else ""
-        console.print(
-            f"A fresh interpreter is ready in {verdict.fresh_s * 1000:.0f} ms (median of {STARTS_TIMED}){ratio}."
-        )
+        yield f"A fresh interpreter is ready in {verdict.fresh_s * 1000:.0f} ms (median of {STARTS_TIMED}){ratio}."
 
 
 def _lines(step: AuditStep) -> Iterator[str]:

@@ -136,6 +136,8 @@ class TemplateReady:
     pid: int
     start_s: float
     rss_bytes: int
+    #: One bare fork from the sealed template, as it measured it itself.
+    fork_cost_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

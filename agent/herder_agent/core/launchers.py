@@ -419,6 +419,7 @@ def report_of(workload: Workload) -> WorkloadReport:
         start_method=workload.method,
         reason=workload.reason,
         fork_point=workload.fork_point,
+        fork_cost_s=workload.fork_cost_s,
         steps=tuple(workload.steps),
         templates=infos,
         fork_start_s=_median(workload, "fork"),

@@ -214,6 +214,7 @@ class Workload:
     method: str = ""
     reason: str = ""
     fork_point: str = ""
+    fork_cost_s: float | None = None
     python: str = ""
     steps: list[AuditStep] = field(default_factory=list)
     template: Template | None = None

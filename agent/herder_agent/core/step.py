@@ -419,6 +419,7 @@ def _template_ready(state: State, workload: Workload, event: TemplateReady, effe
     if template is None or template.id != event.template:
         return
     workload.reason, workload.fork_point, workload.python = event.reason, event.fork_point, event.python
+    workload.fork_cost_s = event.fork_cost_s
     if event.start == "fork":
         template.state = TemplateState.READY
     else:

@@ -55,6 +55,7 @@ class Ready(_Head, frozen=True, tag="ready"):
     pid: int = 0
     start_s: float = 0.0
     rss: int = 0
+    fork_cost_s: float | None = None
 
 
 class Failed(_Head, frozen=True, tag="failed"):

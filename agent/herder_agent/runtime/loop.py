@@ -340,7 +340,15 @@ class AgentLoop:
                 self.dispatch(events.TemplateStepped(number, audited))
             case control.Ready():
                 ready = events.TemplateReady(
-                    number, head.start, head.fork_point, head.reason, head.python, head.pid, head.start_s, head.rss
+                    number,
+                    head.start,
+                    head.fork_point,
+                    head.reason,
+                    head.python,
+                    head.pid,
+                    head.start_s,
+                    head.rss,
+                    fork_cost_s=head.fork_cost_s,
                 )
                 self.dispatch(ready)
             case control.Failed():

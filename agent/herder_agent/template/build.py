@@ -2,8 +2,8 @@
 
 The fork point. A template may fork from any state that the audit calls safe; the deepest is the best. When a later step
 (usually `setup`) made it unsafe, there is no way back in this process, so it execs itself anew, takes the steps up to
-the deepest safe one, and lets each child take the rest. When no state is safe, or a canary child fails, it says
-"fresh".
+the deepest safe one, and lets each child take the rest. The same when a canary child fails: the next shallower safe
+state is tried. When no state is left, or after `LIVES_MAX` lives, it says "fresh".
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import os
 import sys
 import time
 
-from . import audit, canary, child, life, preload, seal, system, wire
+from . import audit, canary, child, cures, life, objects, preload, seal, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
+
+#: Times that a template may begin, counting the first: a canary that hangs costs some seconds each.
+LIVES_MAX = 4
 
 
 class Template:
@@ -34,6 +37,8 @@ class Template:
         self._seen = child.load_seen()
         self._steps = preload.Preload(opening, setup, self._seen)
         self._reports: list[audit.Report] = []
+        self._cures = cures.Environment()
+        self._locks = objects.held_locks()
         self._start = self._workload.get("start", "auto")
 
     def build(self) -> Callable[[int, child.Ends], NoReturn] | None:
@@ -43,6 +48,7 @@ class Template:
         if self._start == "fresh":
             self._tell_fresh("asked for by the workload")
             return None
+        self._cures.apply()
         names = self._steps.names
         count = self._opening.get("until", len(names))
         try:
@@ -59,7 +65,7 @@ class Template:
     def _take(self, name: str) -> None:
         seconds = self._steps.take(name)
         began = time.perf_counter()
-        report = audit.audit(self._own, self._workload.get("allow_threads") or ())
+        report = audit.audit(self._own, self._workload.get("allow_threads") or (), self._locks, self._cures)
         report.applied[:0] = self._steps.applied
         self._steps.applied.clear()
         self._reports.append(report)
@@ -87,13 +93,23 @@ class Template:
         first = self._reports[safe[-1] + 1].first_unsafe() if safe else finding
         step = names[safe[-1] + 1] if safe else names[0]
         reason = f"after {step!r}: {first or finding}"
-        cure = f" Cure: {first.cure}" if first is not None and first.cure else ""
+        cure = f". Cure: {first.cure}" if first is not None and first.cure else ""
         if self._start == "fork":
-            self._tell_failed(f"forking is not safe {reason}.{cure}")
-        elif not safe or "until" in self._opening:
-            self._tell_fresh(reason + cure)
+            self._tell_failed(f"forking is not safe {reason}{cure}")
         else:
-            self._begin_anew(safe[-1] + 1, reason + cure)
+            self._retreat(len(self._reports) - 1, reason + cure)
+
+    def _retreat(self, below: int, reason: str) -> None:
+        """Fork from the deepest safe state among the first `below`, in another life; or say that there is none."""
+        safe = [index for index in range(below) if self._reports[index].verdict != audit.UNSAFE]
+        lives = self._opening.get("lives", 1)
+        earlier = self._opening.get("reason", "")
+        reason = f"{earlier}; then {reason}" if earlier and earlier != reason else reason
+        if not safe or lives >= LIVES_MAX:
+            self._tell_fresh(reason)
+            return
+        self._opening["lives"] = lives + 1
+        self._begin_anew(safe[-1] + 1, reason)
 
     def _begin_anew(self, until: int, reason: str) -> NoReturn:
         """Exec this template again; it takes `until` steps only. Threads and descriptors of this life end here."""
@@ -134,14 +150,20 @@ class Template:
             if self._start == "fork":
                 self._tell_failed(f'forking is not safe: {reason}. Cure: start="fresh"')
             else:
-                self._tell_fresh(reason)
+                self._retreat(len(taken) - 1, reason)
             return None
         report.applied = sealed
         self._tell_step("seal", seconds, report)
         reason = self._opening.get("reason", "")
         if rest:
-            reason += f" Each child takes these steps itself: {', '.join(rest)}"
-        how = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
+            reason += f"{'. ' if reason else ''}Each child takes these steps itself: {', '.join(rest)}"
+        how: dict[str, Any] = {
+            "start": "fork",
+            "fork_point": taken[-1],
+            "reason": reason.strip(),
+            "python": plan.python,
+        }
+        how["fork_cost_s"] = canary.fork_cost_s()
         life.send_ready(self._channel, self._opening, how)
         return functools.partial(child.run_forked, plan)
 

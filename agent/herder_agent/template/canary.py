@@ -1,4 +1,5 @@
-"""A forked child that must run a trivial task and end: the proof of what the audit can only guess.
+"""A forked child that must run a small task and end: the proof of what the audit can only guess. The task makes the
+loaded libraries use their thread pools (`exercises`).
 
 The deadlock oracle. A child whose *every* thread sits in a private futex wait without time-out can never wake: whoever
 shares the futex is one of these threads. Only a signal handler could still do it, so no signal may be caught but SIGINT
@@ -13,7 +14,7 @@ import pickle
 import select
 import time
 
-from . import child, system, wire
+from . import audit, child, exercises, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ LIMIT_S = 10.0
 POLL_S = 0.02
 #: Polls in a row that must agree.
 POLLS = 5
+#: Bare forks that are timed, and how long that may take where each is slow.
+FORKS_TIMED = 7
+FORKS_TIMED_S = 0.25
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, -1)
 _NO_ANSWER = "ended without an answer"
 _FUTEX_PRIVATE = 128
@@ -46,6 +50,16 @@ def trial(plan: child.Plan) -> str:
         return _watch(pid, channel, plan)
     finally:
         channel.close()
+
+
+def fork_cost_s() -> float:
+    """What one bare fork costs here: the median time of fork, the child's `_exit` and its being reaped."""
+    times: list[float] = []
+    while len(times) < FORKS_TIMED and sum(times) < FORKS_TIMED_S:
+        began = time.perf_counter()
+        audit.probe_fork()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
 
 
 def _watch(pid: int, channel: wire.Channel, plan: child.Plan) -> str:
@@ -72,7 +86,8 @@ def _watch(pid: int, channel: wire.Channel, plan: child.Plan) -> str:
 
 def _converse(pid: int, channel: wire.Channel, plan: child.Plan) -> str:
     """Give it the task and hear the answer."""
-    head = {"t": "task", "function": "canary", "parts": [["function", len(_FUNCTION)], ["args", len(_ARGUMENTS)]]}
+    parts = [["function", len(_FUNCTION)], ["args", len(_ARGUMENTS)]]
+    head = {"t": "task", "function": "canary", "parts": parts, "threads": exercises.THREADS}
     poll = select.poll()
     poll.register(channel.socket.fileno(), select.POLLIN)
     try:
@@ -129,5 +144,5 @@ def _waits_for_ever(path: str) -> bool:
     return operation & 127 in _FUTEX_WAITS and bool(operation & _FUTEX_PRIVATE) and timeout == 0
 
 
-_FUNCTION = pickle.dumps(len, 5)
-_ARGUMENTS = pickle.dumps((((),), {}), 5)
+_FUNCTION = pickle.dumps(exercises.run, 5)
+_ARGUMENTS = pickle.dumps(((), {}), 5)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-from . import failures, streams, system, wire
+from . import cures, failures, streams, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
     "NUMBA_NUM_THREADS",
+    "POLARS_MAX_THREADS",
 )
 #: The C functions under `signal`'s, which make an enum of each answer: forty of them are asked after each task.
 _get_handler = sys.modules["_signal"].getsignal
@@ -210,6 +211,7 @@ class Runner:
         self._threads = threads
         for name in THREAD_VARIABLES:
             os.environ[name] = str(threads)
+        cures.tell_polars()
         if self.controller is not None:
             self.controller.limit(limits=threads)
 

@@ -44,13 +44,13 @@ class Thread:
         return f"thread {self.name!r} of {self.owner or 'an unknown library'}"
 
 
-def others() -> list[Thread]:
-    """All threads but the main one."""
+def others(maps: list[system.Mapping] | None = None) -> list[Thread]:
+    """All threads but the main one. `maps`: this process's mappings, where they are known already."""
     own = os.getpid()
     tids = [tid for tid in system.thread_ids() if tid != own]
     if not tids:
         return []
-    maps = system.mappings()
+    maps = system.mappings() if maps is None else maps
     python_names = _python_threads()
     found = []
     for tid in tids:

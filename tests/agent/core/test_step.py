@@ -112,6 +112,14 @@ def test_first_attempt_starts_the_template_and_holds_its_slot_meanwhile() -> Non
     assert machine.state.account.seconds[CoreState.START] == 2.0
 
 
+def test_cost_of_a_fork_which_the_template_measured_is_reported() -> None:
+    machine = Machine()
+    machine.order(1)
+    ready = ev.TemplateReady(1, "fork", "import numpy", "", "3.11/3.1", 900, 0.1, 1000, fork_cost_s=0.002)
+    reports = [e.report for e in step(machine.state, ready, 1.0) if isinstance(e, fx.ReportWorkload)]
+    assert [(report.fork_point, report.fork_cost_s) for report in reports[-1:]] == [("import numpy", 0.002)]
+
+
 def test_ready_template_is_asked_for_what_is_demanded_and_a_reserve_at_once() -> None:
     machine = Machine()
     machine.order(1)

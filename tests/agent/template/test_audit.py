@@ -1,46 +1,45 @@
-"""Descriptors that must not be shared make a step unsafe."""
+"""An audit as a whole: what settles by itself, what is looked at again, and the verdict that comes of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from agent.template import driver
+from herder_agent.template import findings
 
 
-def test_open_database_connection_and_file_for_writing_make_setup_unsafe(tmp_path: Path) -> None:
-    target = tmp_path / "some.db"
+def test_thread_that_is_just_ending_is_waited_for() -> None:
+    def setup() -> None:
+        import threading
+        import time
 
-    def connect() -> Any:
-        import sqlite3
+        threading.Thread(target=time.sleep, args=(0.05,)).start()
 
-        connection = sqlite3.connect(target)
-        connection.execute("create table t (x)")
-        return connection
-
-    def write() -> Any:
-        return open(tmp_path / "log", "w")
-
-    for setup, seen in ((connect, "SQLite"), (write, "open for writing")):
-        with driver.ready(setup) as running:
-            found = running.steps[1]["findings"]
-            assert [finding["rule"] for finding in found] == ["R6"]
-            assert seen in found[0]["seen"]
-            assert running.ready["fork_point"] == "start"
+    with driver.ready(setup) as running:
+        assert running.ready["fork_point"] == "setup"
+        assert running.steps[1]["threads"] == 1
 
 
-def test_open_connection_makes_setup_unsafe() -> None:
-    import socket
+def test_fork_point_is_the_deepest_safe_state_and_not_the_last_before_the_first_unsafe_one(tmp_path: Path) -> None:
+    (tmp_path / "begins.py").write_text(
+        "import threading\n"
+        "release = threading.Event()\n"
+        "thread = threading.Thread(target=release.wait)\n"
+        "thread.start()\n"
+    )
+    (tmp_path / "ends.py").write_text("import begins\nbegins.release.set()\nbegins.thread.join()\n")
+    with driver.ready(paths=[str(tmp_path)], preload=["begins", "ends"]) as running:
+        assert [step["verdict"] for step in running.steps] == ["safe", "unsafe", "safe", "safe", "safe"]
+        assert running.ready["fork_point"] == "import ends"
+        assert running.ready["reason"] == ""
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = server.getsockname()
 
-        def setup() -> Any:
-            import socket
-
-            return socket.create_connection(address)
-
-        with driver.template() as running:
-            answer = running.open(setup, start="fork")
-    assert answer["cause"] == "fork_unsafe"
-    assert f"a connection to 127.0.0.1:{address[1]}" in answer["message"]
+def test_worst_finding_is_the_verdict() -> None:
+    report = findings.Report()
+    assert report.verdict == findings.SAFE
+    for verdict, then in (("note", "safe"), ("allowed", "safe"), ("unknown", "unknown"), ("unsafe", "unsafe")):
+        report.findings.append(findings.Finding("R0", "seen", verdict=verdict))
+        assert report.verdict == then
+    first = report.first_unsafe()
+    assert first is report.findings[-1]
+    assert str(first) == "R0: seen"

@@ -86,3 +86,17 @@ def test_blas_threads_are_gone_at_the_fork_and_may_be_raised_in_a_child() -> Non
         total, threads = running.fork().run(multiply, threads=2)
         assert total == 300.0**3
         assert threads == 2
+
+
+@pytest.mark.slow
+def test_polars_pool_of_a_child_has_its_slots_threads() -> None:
+    pytest.importorskip("polars")
+
+    def count() -> Any:
+        import polars
+
+        return polars.thread_pool_size()
+
+    with driver.ready(preload=["polars"], env={**driver.ONE_THREAD, "POLARS_MAX_THREADS": "1"}) as running:
+        for threads in (1, 3):
+            assert running.fork().run(count, threads=threads) == threads
