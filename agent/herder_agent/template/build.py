@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-from . import audit, canary, child, life, preload, seal, system, wire
+from . import audit, canary, child, life, preload, rehome, seal, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Template:
         """Take the steps. Returns what a forked child is to become, or None when the agent was told that none can
         be."""
         gc.disable()
+        rehome.prepare()
         if self._start == "fresh":
             self._tell_fresh("asked for by the workload")
             return None
@@ -141,7 +142,8 @@ class Template:
         reason = self._opening.get("reason", "")
         if rest:
             reason += f" Each child takes these steps itself: {', '.join(rest)}"
-        how = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
+        how: dict[str, Any] = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
+        how["shared"] = rehome.moved.size_bytes
         life.send_ready(self._channel, self._opening, how)
         return functools.partial(child.run_forked, plan)
 

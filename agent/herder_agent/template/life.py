@@ -69,15 +69,17 @@ def _settle() -> None:
     sys.stderr.flush()
 
 
-def send_ready(channel: wire.Channel, opening: dict[str, Any], how: dict[str, str]) -> None:
+def send_ready(channel: wire.Channel, opening: dict[str, Any], how: dict[str, Any]) -> None:
     """Tell the agent that this template serves, or that fresh interpreters must. `how`: start, fork_point, reason,
     python."""
     own = f"{sys.version_info.major}.{sys.version_info.minor}/"
+    resident, private = system.memory_bytes()
     account = {
         "python": how.get("python") or own,
         "pid": os.getpid(),
         "start_s": time.monotonic() - opening["began"],
-        "rss": system.memory_bytes()[0],
+        "rss": resident,
+        "private": private,
     }
     channel.send({"t": "ready", **how, **account})
 
