@@ -103,6 +103,8 @@ def audit(modules: tuple[str, ...], *, setup: str | None, python: str) -> Verdic
             steps.append(_step(answer))
         if answer["t"] == "failed":
             raise Broken("\n".join(part for part in (answer.get("traceback"), answer["message"]) if part))
+        if answer.get("value"):
+            os.close(control.fds.pop(0))  # setup's published value
         fork_s = _time_forks(control) if answer["start"] == "fork" else None
     fresh_s = statistics.median(_time_fresh(python, opening) for _ in range(STARTS_TIMED))
     return Verdict(

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-from . import audit, canary, child, life, preload, rehome, seal, system, wire
+from . import audit, canary, child, handover, life, preload, rehome, seal, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ class Template:
         self._steps = preload.Preload(opening, setup, self._seen)
         self._reports: list[audit.Report] = []
         self._start = self._workload.get("start", "auto")
+        self._published = handover.Handover(opening)
 
     def build(self) -> Callable[[int, child.Ends], NoReturn] | None:
         """Take the steps. Returns what a forked child is to become, or None when the agent was told that none can
         be."""
         gc.disable()
         rehome.prepare()
-        if self._start == "fresh":
+        if self._start == "fresh" and not self._opening.get("publish"):
             self._tell_fresh("asked for by the workload")
             return None
         names = self._steps.names
@@ -51,6 +52,9 @@ class Template:
                 self._take(name)
         except preload.Broken as broken:
             self._channel.send({"t": "failed", **broken.head})
+            return None
+        if self._opening.get("publish"):
+            self._tell_fresh("asked for by the workload")
             return None
         if self._reports[-1].verdict == audit.UNSAFE:
             self._step_back(names)
@@ -91,14 +95,17 @@ class Template:
         cure = f" Cure: {first.cure}" if first is not None and first.cure else ""
         if self._start == "fork":
             self._tell_failed(f"forking is not safe {reason}.{cure}")
-        elif not safe or "until" in self._opening:
+        elif not safe or safe[-1] + 1 >= self._opening.get("until", len(names) + 1):
             self._tell_fresh(reason + cure)
         else:
-            self._begin_anew(safe[-1] + 1, reason + cure)
+            self._published.publish(self._steps)
+            # The value alone may well be safe to have, where making it was not.
+            is_setup = step == preload.SETUP and self._published.fd >= 0 and self._steps.setup_from == "ran"
+            self._begin_anew(len(names) if is_setup else safe[-1] + 1, reason + cure)
 
     def _begin_anew(self, until: int, reason: str) -> NoReturn:
         """Exec this template again; it takes `until` steps only. Threads and descriptors of this life end here."""
-        will = {**self._opening, "until": until, "reason": reason}
+        will = {**self._opening, "until": until, "reason": reason, **self._published.hand_on(self._steps)}
         fd = life.leave_will(will, self._setup)
         os.set_inheritable(life.CONTROL, True)
         for stream in (sys.stdout, sys.stderr):
@@ -113,7 +120,7 @@ class Template:
         plan = child.Plan(
             seen=self._seen,
             python=preload.python_tag(),
-            tasks_max=int(workload.get("max_tasks_per_child", 1)),
+            tasks_max=self._published.tasks_max(self._steps, rest),
             rest=[],
             steps=self._steps,
         )
@@ -144,13 +151,14 @@ class Template:
             reason += f" Each child takes these steps itself: {', '.join(rest)}"
         how: dict[str, Any] = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
         how["shared"] = rehome.moved.size_bytes
-        life.send_ready(self._channel, self._opening, how)
+        life.send_ready(self._channel, self._opening, {**how, **self._published.tell(self._steps, rest)})
         return functools.partial(child.run_forked, plan)
 
     def _tell_fresh(self, reason: str) -> None:
         python = preload.python_tag() if "cloudpickle" in sys.modules else ""
-        how = {"start": "fresh", "fork_point": "", "reason": reason, "python": python}
-        life.send_ready(self._channel, self._opening, how)
+        how: dict[str, Any] = {"start": "fresh", "fork_point": "", "reason": reason, "python": python}
+        self._published.publish(self._steps)
+        life.send_ready(self._channel, self._opening, {**how, **self._published.tell(self._steps)})
 
     def _tell_failed(self, message: str) -> None:
         self._channel.send({"t": "failed", "cause": "fork_unsafe", "message": message, "traceback": ""})

@@ -44,6 +44,7 @@ _PAGE_WORDS = PAGE_BYTES // 8
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
 #: Last bits of a header's size: mapped alone; and neither "previous in use" nor "not of the main arena".
 _FLAGS, _MAPPED = 7, 2
 #: Where in its first page a block's header may be: alignments asked for of up to a page push it on.
@@ -269,7 +270,7 @@ def _move(blocks: list[_Block], moved: Moved) -> None:
 
 def _move_chunk(fd: int, offset: int, address: int, length: int) -> None:
     memory = memoryview((ctypes.c_char * length).from_address(address)).cast("B")
-    for first, last in _runs(address, length):
+    for first, last in runs(address, length):
         written = first
         while written < last:
             written += os.pwrite(fd, memory[written:last], offset + written)
@@ -277,7 +278,7 @@ def _move_chunk(fd: int, offset: int, address: int, length: int) -> None:
     map_over(address, length, fd, offset)
 
 
-def _runs(address: int, length: int) -> Iterator[tuple[int, int]]:
+def runs(address: int, length: int) -> Iterator[tuple[int, int]]:
     """The parts of this memory that have pages, as offsets; what was never touched stays a hole of the file."""
     count = length // PAGE_BYTES
     try:
@@ -305,6 +306,15 @@ def map_over(address: int, length: int, fd: int, offset: int) -> None:
     if result != address:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def map_anywhere(length: int, protection: int, fd: int) -> int:
+    """Map a whole file privately, wherever there is room; no descriptor is kept. Raises OSError."""
+    address = int(_mmap(None, length, protection, mmap.MAP_PRIVATE, fd, 0))
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return address
 
 
 def _self_test() -> str:
