@@ -55,6 +55,13 @@ class Ready(_Head, frozen=True, tag="ready"):
     pid: int = 0
     start_s: float = 0.0
     rss: int = 0
+    private: int = 0
+    shared: int = 0
+    setup_mode: str = ""
+    setup_s: float | None = None
+    not_published: str = ""
+    #: Setup's value comes along, as the descriptor of its memory file.
+    value: bool = False
 
 
 class Failed(_Head, frozen=True, tag="failed"):
@@ -102,6 +109,9 @@ class Log(_Head, frozen=True, tag="log"):
 
 class Idle(_Head, frozen=True, tag="idle"):
     python: str = ""
+    #: "ran" or "mapped"; "" without setup.
+    setup_from: str = ""
+    setup_s: float | None = None
 
 
 class Started(_Head, frozen=True, tag="started"):
@@ -148,6 +158,8 @@ def descriptors_of(head: object) -> int:
     """How many descriptors come with this frame."""
     if isinstance(head, Forked):
         return head.fds
+    if isinstance(head, Ready):
+        return int(head.value)
     return 1 if isinstance(head, Result) and head.blob else 0
 
 
