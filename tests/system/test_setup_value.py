@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -87,6 +88,42 @@ def test_setup_runs_once_and_each_task_has_its_own_writeable_value(
     assert setup.runs == 1
     assert wait_until(lambda: _report(client, name).setup_mode == mode, WAIT_S)
     assert _report(client, name).setup_s is not None
+
+
+def test_task_that_only_a_fresh_interpreter_survives_has_the_value_there(
+    client: herder.Client, tmp_path: Path
+) -> None:
+    setup = _Setup(tmp_path / "notes")
+
+    def use() -> Any:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file, open("/proc/self/cmdline", "rb") as own:
+            is_fork = file.read() == own.read()
+        if is_fork:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return _use()[:3]
+
+    view = client.options(workload=herder.Workload("crashes", setup=setup))
+    assert view.submit(use).result(WAIT_S) == RIGHT
+    assert setup.runs == 2, "in the template, and in the publisher for fresh interpreters"
+    assert view.submit(use).result(WAIT_S) == RIGHT
+    assert setup.runs == 2
+
+
+def test_warm_interpreter_takes_a_task_in_a_fraction_of_its_start(client: herder.Client, tmp_path: Path) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1)\n")
+    workload = herder.Workload("warm", start="fresh", preload=["slow_to_import"], working_dir=tmp_path)
+    view = client.options(workload=workload)
+    first = view.submit(int)
+    first.result(WAIT_S)
+    cold_s = first.usage(WAIT_S).start_s
+    assert cold_s > 1
+    starts_s = []
+    for _ in range(3):
+        time.sleep(1.5 * cold_s)  # the demand: one that the pool can follow
+        future = view.submit(int)
+        future.result(WAIT_S)
+        starts_s.append(future.usage(WAIT_S).start_s)
+    assert sorted(starts_s)[1] < 0.2 * cold_s, (cold_s, starts_s)
 
 
 @pytest.mark.parametrize("start", ["auto", "fresh"])

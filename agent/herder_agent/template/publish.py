@@ -125,6 +125,11 @@ class _Spans:
         self._kept.append(owner)
         return len(self.entries) - 1
 
+    def clear(self) -> None:
+        """Let go of the owners now: a memoryview that the cycle collector clears while its buffer is in use crashes
+        (seen with 3.11), and the pickler's class is a cycle."""
+        self._kept.clear()
+
     def merged(self) -> list[tuple[int, int]]:
         """[start, end) of what overlaps, together."""
         found: list[tuple[int, int]] = []
@@ -139,8 +144,8 @@ class _Spans:
 def publish(value: Any) -> int:
     """A descriptor of the sealed memory file. Raises NotPublished."""
     fd = os.memfd_create("herder-value", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    spans = _Spans()
     try:
-        spans = _Spans()
         with open(fd, "r+b", closefd=False) as file:
             file.seek(_HEADER.size)
             try:
@@ -157,6 +162,8 @@ def publish(value: Any) -> int:
     except BaseException:
         os.close(fd)
         raise
+    finally:
+        spans.clear()
     return fd
 
 
