@@ -48,7 +48,12 @@ class _Setup:
         if self.what == "thread":
             threading.Thread(target=threading.Event().wait, daemon=True).start()
         whole = np.arange(1 << 18, dtype="i8")
-        return {"whole": whole, "same": whole, "half": whole[::2], "lock": threading.Lock() if "lock" in self.what else 0}
+        return {
+            "whole": whole,
+            "same": whole,
+            "half": whole[::2],
+            "lock": threading.Lock() if "lock" in self.what else 0,
+        }
 
     @property
     def runs(self) -> int:
@@ -90,9 +95,7 @@ def test_setup_runs_once_and_each_task_has_its_own_writeable_value(
     assert _report(client, name).setup_s is not None
 
 
-def test_task_that_only_a_fresh_interpreter_survives_has_the_value_there(
-    client: herder.Client, tmp_path: Path
-) -> None:
+def test_task_that_only_a_fresh_interpreter_survives_has_the_value_there(client: herder.Client, tmp_path: Path) -> None:
     setup = _Setup(tmp_path / "notes")
 
     def use() -> Any:
@@ -162,14 +165,14 @@ def test_setup_that_takes_too_long_fails_the_tasks(client: herder.Client) -> Non
         time.sleep(1000)
 
     for start in ("auto", "fresh"):
-        workload = herder.Workload(start=start, setup=hang, setup_timeout=0.3)  # type: ignore[arg-type]
+        workload = herder.Workload(start=start, setup=hang, setup_timeout=0.3)
         with pytest.raises(herder.SetupFailed, match="setup_timeout"):
             client.options(workload=workload).submit(int).result(WAIT_S)
 
 
 def test_interpreter_that_is_not_there_is_a_failed_setup(client: herder.Client) -> None:
     for start in ("auto", "fresh"):
-        workload = herder.Workload(start=start, python="/nowhere/bin/python")  # type: ignore[arg-type]
+        workload = herder.Workload(start=start, python="/nowhere/bin/python")
         with pytest.raises(herder.SetupFailed, match="/nowhere/bin/python"):
             client.options(workload=workload).submit(int, 1).result(WAIT_S)
 
@@ -185,7 +188,7 @@ def test_setup_is_tried_on_a_second_node(tmp_path: Path) -> None:
     with herder.LocalCluster(cores=2, agents=2) as cluster, cluster.client() as client:
         for start in ("auto", "fresh"):
             notes.write_text("")
-            workload = herder.Workload(start=start, setup=fail)  # type: ignore[arg-type]
+            workload = herder.Workload(start=start, setup=fail)
             with pytest.raises(herder.SetupFailed, match="no data here"):
                 client.options(workload=workload).submit(int).result(WAIT_S)
             tries = notes.read_text().split()
@@ -221,9 +224,7 @@ def test_users_interpreter_without_herder(
     try:
         python = str(interpreters.require(version))
         name = f"{version}-{start}"
-        workload = herder.Workload(
-                name, start=start, python=python, setup="users_code:setup", working_dir=tmp_path
-            )
+        workload = herder.Workload(name, start=start, python=python, setup="users_code:setup", working_dir=tmp_path)
         view = client.options(workload=workload)
         assert list(view.map(users_code.use, range(3))) == [(ord("x"), version, False)] * 3
         assert wait_until(lambda: _report(client, name).setup_mode == "mapped", WAIT_S)

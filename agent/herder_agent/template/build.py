@@ -116,7 +116,6 @@ class Template:
 
     def _prove(self, taken: list[str], rest: list[str]) -> Callable[[int, child.Ends], NoReturn] | None:
         """Fork a canary; if it sings, seal and be ready."""
-        workload = self._workload
         plan = child.Plan(
             seen=self._seen,
             python=preload.python_tag(),
@@ -147,9 +146,16 @@ class Template:
         report.applied = sealed
         self._tell_step("seal", seconds, report)
         reason = self._opening.get("reason", "")
+        if self._steps.setup_from == "mapped":
+            reason += " Setup's value was made in a process of its own and is mapped."
         if rest:
             reason += f" Each child takes these steps itself: {', '.join(rest)}"
-        how: dict[str, Any] = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
+        how: dict[str, Any] = {
+            "start": "fork",
+            "fork_point": taken[-1],
+            "reason": reason.strip(),
+            "python": plan.python,
+        }
         how["shared"] = rehome.moved.size_bytes
         life.send_ready(self._channel, self._opening, {**how, **self._published.tell(self._steps, rest)})
         return functools.partial(child.run_forked, plan)

@@ -75,7 +75,7 @@ class _Block:
         self.end = end
 
 
-_FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+_FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
 
 class _MallInfo2(ctypes.Structure):
@@ -165,7 +165,7 @@ def _counted() -> tuple[int, int] | None:
 
 
 def _regions() -> Iterator[tuple[int, int]]:
-    """Stretches of private, anonymous, writeable memory. numpy's advice to use huge pages splits mappings of a block."""
+    """Stretches of private, anonymous, writeable memory. (Advice, such as numpy's on huge pages, splits mappings.)"""
     start = end = 0
     for mapping in system.mappings():
         if mapping.permissions != "rw-p" or not (mapping.path == "" or mapping.path.startswith("[anon")):
@@ -245,7 +245,7 @@ def _why_not_now() -> str:
 
 
 def _move(blocks: list[_Block], moved: Moved) -> None:
-    """Between copy and mapping nothing but this runs, and what it writes (stack, small objects) is in no large block."""
+    """Between copy and mapping only this runs, and what it writes (stack, small objects) is in no large block."""
     fd = os.memfd_create("herder-setup", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         offset = 0

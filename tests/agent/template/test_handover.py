@@ -55,6 +55,7 @@ def _arrays() -> Any:
 
 def _judge() -> list[Any]:
     import numpy as np
+
     from herder import shared
 
     value = shared()
@@ -258,8 +259,9 @@ def test_pandas_and_arrow_values_are_not_copied(spawner: driver.Template) -> Non
         return {"frame": frame, "column": frame["a"], "table": table, "part": table.slice(10, 1000)}
 
     def look() -> list[Any]:
-        import herder
         import numpy as np
+
+        import herder
 
         value = herder.shared()
         frame, table = value["frame"], value["table"]
@@ -311,7 +313,7 @@ def test_other_interpreters_map_a_value_without_herder_installed(
         "    return len(whole.memory), part.memory[1], pid\n"
     )
     python = str(interpreters.require(version))
-    workload = {"paths": [str(tmp_path)], "setup_import": "users_module:setup"}
+    workload: dict[str, Any] = {"paths": [str(tmp_path)], "setup_import": "users_module:setup"}
     with driver.template(python=python) as publisher:
         ready = publisher.open(start="fresh", publish=True, **workload)
         assert ready["setup_mode"] == "mapped", ready

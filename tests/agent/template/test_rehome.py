@@ -92,6 +92,7 @@ def test_memory_file_cannot_be_written_to_by_any_process() -> None:
 def test_identity_views_and_flags_are_as_they_were() -> None:
     def look() -> list[Any]:
         import numpy as np
+
         from herder import shared
 
         value = shared()
