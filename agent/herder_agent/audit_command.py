@@ -110,6 +110,8 @@ def audit(modules: tuple[str, ...], *, setup: str | None, python: str) -> Verdic
             # What is not importable is told in a line; only the user's own code deserves a traceback.
             trace = "" if answer.get("type") == "ModuleNotFoundError" else answer.get("traceback", "")
             raise Broken("\n".join(part for part in (trace, answer["message"]) if part))
+        if answer.get("value"):
+            os.close(control.fds.pop(0))  # setup's published value
         fork_s = _time_forks(control) if answer["start"] == "fork" else None
     fresh_s = statistics.median(_time_fresh(python, opening) for _ in range(STARTS_TIMED))
     return Verdict(

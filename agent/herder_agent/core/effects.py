@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from herder_shared.ids import AttemptId, BlobId
+from herder_shared.ids import AttemptId, BlobId, WorkloadKey
 from herder_shared.wire.messages import (
     AttemptEnd,
     AttemptStart,
@@ -21,11 +21,20 @@ class StartTemplate:
 
     template: int
     workload: WorkloadSpec | None
+    #: Only to run setup and hand over its value.
+    publish: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StopTemplate:
     template: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropValue:
+    """Close the memory file of this workload's setup: nobody will be given it any more."""
+
+    workload: WorkloadKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +164,7 @@ class Observe:
 Effect = (
     StartTemplate
     | StopTemplate
+    | DropValue
     | ForkChildren
     | SpawnFresh
     | SpawnCommand

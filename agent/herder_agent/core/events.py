@@ -136,6 +136,15 @@ class TemplateReady:
     pid: int
     start_s: float
     rss_bytes: int
+    #: How forked children get setup's value ("forked", "mapped", "per child", "" without setup or not known), and what
+    #: running setup took.
+    setup_mode: str = ""
+    setup_s: float | None = None
+    #: It handed over setup's value; or why it could not.
+    has_value: bool = False
+    not_published: str = ""
+    shared_bytes: int = 0
+    private_bytes: int = 0
     #: One bare fork from the sealed template, as it measured it itself.
     fork_cost_s: float | None = None
 
@@ -169,6 +178,8 @@ class ChildForkFailed:
     child: int
     message: str
     result: Payload | None = None
+    #: The program could not be executed: trying again here is of no use.
+    is_exec: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +188,8 @@ class ChildIdle:
 
     child: int
     python: str = ""
+    #: Its own memory.
+    anon_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Literal
 
+from herder_agent.core import demand, values
 from herder_agent.core.attempts import add_deadline, end, move
 from herder_agent.core.effects import (
     Effect,
@@ -101,6 +102,7 @@ def place(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -
     if method:
         pool = workload.pool(method)
         pool.waiting[attempt.id] = attempt
+        pool.demand.note_arrival(now_s)
         touch(state, pool)
     else:
         workload.undecided[attempt.id] = attempt
@@ -111,23 +113,27 @@ def need_template(state: State, workload: Workload, now_s: float, effects: list[
     """The workload's template; started when there is none."""
     if workload.template is None:
         workload.steps = []
-        workload.template = _start_template(state, workload, now_s, effects)
+        workload.template = start_template(state, workload, now_s, effects)
         effects.append(ReportWorkload(report_of(workload)))
     return workload.template
 
 
-def _start_template(state: State, workload: Workload | None, now_s: float, effects: list[Effect]) -> Template:
+def start_template(
+    state: State, workload: Workload | None, now_s: float, effects: list[Effect], *, publish: bool = False
+) -> Template:
+    """Start a template process; None: the spawner; `publish`: one that only runs setup."""
     state.last_template += 1
     template = Template(state.last_template, workload, now_s)
     state.templates[template.id] = template
-    effects.append(StartTemplate(template.id, workload.spec if workload is not None else None))
+    effects.append(StartTemplate(template.id, workload.spec if workload is not None else None, publish))
+    values.limit_setup(state, template, now_s)
     return template
 
 
 def _need_spawner(state: State, now_s: float, effects: list[Effect]) -> Template | None:
     """The node's spawner. Orders can be given before it is ready: they wait in its socket. None: it failed just now."""
     if state.spawner is None and now_s >= state.spawner_retry_s:
-        state.spawner = _start_template(state, None, now_s, effects)
+        state.spawner = start_template(state, None, now_s, effects)
     return state.spawner
 
 
@@ -140,7 +146,7 @@ def settle(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> Non
     while pool.waiting and pool.idle:
         attempt = pool.waiting.pop(next(iter(pool.waiting)))
         # Of new children the oldest: it has had most time to warm up. Of used ones the last: it is in the caches.
-        child = pool.idle.pop(-1 if pool.workload.reuses else 0)
+        child = pool.idle.pop(-1 if pool.reuses else 0)
         _hand_over(state, child, attempt, now_s, effects)
         has_handed_over = True
     if has_handed_over and pool.idle:
@@ -159,6 +165,8 @@ def settle(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> Non
             children = tuple(_new_child(state, pool, template).id for _ in range(missing))
             effects.append(ForkChildren(template.id, children))
         return
+    if values.wait_for_value(state, pool.workload, now_s, effects):
+        return
     spawner = _need_spawner(state, now_s, effects)
     if spawner is not None:
         for _ in range(missing):
@@ -174,22 +182,24 @@ def _missing(state: State, pool: Pool, now_s: float) -> int:
     if pool.method == workload.method:
         demand += workload.queued
         if demand or now_s - workload.used_s < IDLE_CHILD_S:
-            reserve = _reserve(pool)
+            reserve = _reserve(state, pool, now_s)
     limit = ceil(state.slots.total.cores)
-    if workload.reuses:
+    if pool.reuses:
         limit -= pool.busy
     elif pool.method == "fork":
         # While some run others are made, so that a slot never waits for a fork.
         limit += FORK_RESERVE
+    else:
+        limit = max(limit, reserve)
     wanted = max(len(pool.waiting), min(limit, demand + reserve))
     return wanted - len(pool.idle) - pool.coming
 
 
-def _reserve(pool: Pool) -> int:
+def _reserve(state: State, pool: Pool, now_s: float) -> int:
     warm = pool.workload.spec.warm
     if warm is not None:
         return warm
-    return FORK_RESERVE if pool.method == "fork" else FRESH_RESERVE
+    return FORK_RESERVE if pool.method == "fork" else max(FRESH_RESERVE, demand.reserve(state, pool, now_s))
 
 
 def _new_child(state: State, pool: Pool, template: Template) -> Child:
@@ -203,7 +213,9 @@ def _new_child(state: State, pool: Pool, template: Template) -> Child:
 
 def _hand_over(state: State, child: Child, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
     _occupy(state, child, attempt, now_s)
-    reuses = child.pool.workload.reuses
+    reuses = child.pool.reuses
+    if child.tasks_done and child.pool.workload.spec.max_tasks_per_child == 1:
+        child.pool.workload.reused += 1
     is_quiet = reuses and child.tasks_done > 0 and not attempt.blobs
     slot = grant(state, attempt)
     effects.append(SendTask(child.id, attempt.start, attempt.job_name, attempt.options, slot, reuses, is_quiet))
@@ -395,6 +407,7 @@ def look_whether_idle(state: State, workload: Workload, now_s: float, effects: l
         for pool in workload.pools.values():
             for child in list(pool.idle):
                 retire(child, effects)
+        values.drop_value(workload, effects)
         if template is not None:
             template.state = TemplateState.STOPPED
             workload.template = None
@@ -412,7 +425,17 @@ def report_of(workload: Workload) -> WorkloadReport:
     infos: tuple[TemplateInfo, ...] = ()
     if template is not None:
         words = _STATE_WORDS[template.state]
-        infos = (TemplateInfo(words, template.pid, template.start_s, template.rss_bytes, template.children),)
+        infos = (
+            TemplateInfo(
+                words,
+                template.pid,
+                template.start_s,
+                template.rss_bytes,
+                template.children,
+                template.shared_bytes,
+                template.private_bytes,
+            ),
+        )
     return WorkloadReport(
         key=workload.spec.key,
         name=workload.spec.name,
@@ -426,6 +449,9 @@ def report_of(workload: Workload) -> WorkloadReport:
         fresh_start_s=_median(workload, "fresh"),
         error=workload.error,
         python=workload.python,
+        setup_mode=values.setup_mode(workload),
+        setup_s=workload.setup_s,
+        notes=values.notes(workload),
     )
 
 

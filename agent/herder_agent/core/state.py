@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from herder_agent.core.account import Account
+from herder_agent.core.demand import Demand
 from herder_agent.core.events import Answer, Exit
 from herder_agent.core.slots import Place, Request, Slot, Slots
 from herder_shared.ids import AttemptId, BlobId, JobId, NodeName, WorkloadKey
@@ -150,6 +151,7 @@ class Child:
     pid: int = 0
     attempt: Attempt | None = None
     tasks_done: int = 0
+    forked_s: float = 0.0
 
 
 class TemplateState(StrEnum):
@@ -171,6 +173,8 @@ class Template:
     start_s: float = 0.0
     rss_bytes: int = 0
     children: int = 0
+    shared_bytes: int = 0
+    private_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -193,6 +197,21 @@ class Pool:
     started: int = 0
     #: Seconds from slot to start, the last ones.
     starts_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    demand: Demand = field(default_factory=Demand)
+
+    @property
+    def tasks_max(self) -> int:
+        """Tasks per child; 0 is without limit. A child that must run setup itself is used again, unless the user has
+        said how often."""
+        workload = self.workload
+        asked = workload.spec.max_tasks_per_child
+        runs_setup = workload.value == "none" if self.method == "fresh" else workload.setup_mode == "per child"
+        return 0 if asked == 1 and runs_setup and not workload.spec.max_tasks_given else asked
+
+    @property
+    def reuses(self) -> bool:
+        """Whether a child runs more than one task."""
+        return self.tasks_max != 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +248,20 @@ class Workload:
     #: Attempts in the agent's queue.
     queued: int = 0
     used_s: float = 0.0
+    #: How forked children get setup's value; seconds that setup takes.
+    setup_mode: str = ""
+    setup_s: float | None = None
+    #: Fresh interpreters can map setup's value: "mapped", "none", or "" while that is not known; and why not.
+    value: str = ""
+    not_published: str = ""
+    #: The template that runs setup only to publish its value.
+    publisher: Template | None = None
+    #: Tasks whose child had run setup before, for another task.
+    reused: int = 0
 
     @property
-    def reuses(self) -> bool:
-        """Whether a child runs more than one task."""
-        return self.spec.max_tasks_per_child != 1
+    def has_setup(self) -> bool:
+        return self.spec.setup is not None or self.spec.setup_import is not None
 
     def pool(self, method: str) -> Pool:
         pool = self.pools.get(method)

@@ -10,7 +10,7 @@ import signal
 from heapq import heappop
 from typing import assert_never
 
-from herder_agent.core import launchers
+from herder_agent.core import launchers, values
 from herder_agent.core.attempts import (
     EXIT_GRACE_S,
     accept,
@@ -131,6 +131,7 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
         case ChildIdle():
             if (child := state.children.get(event.child)) is not None and child.phase is ChildPhase.WARMING:
                 child.pool.workload.python = event.python
+                child.pool.demand.note_warm(now_s - child.forked_s, event.anon_bytes)
                 launchers.child_ready(state, child)
         case ChildForkFailed():
             _child_fork_failed(state, event, now_s, effects)
@@ -215,7 +216,8 @@ def _connected(state: State, event: Connected, effects: list[Effect]) -> None:
     in_use = {attempt.workload.spec.key for attempt in state.attempts.values()}
     for key, workload in list(state.workloads.items()):
         has_children = any(child.pool.workload is workload for child in state.children.values())
-        if workload.template is None and key not in in_use and not has_children:
+        if workload.template is None and workload.publisher is None and key not in in_use and not has_children:
+            values.drop_value(workload, effects)
             del state.workloads[key]
     uploading = {attempt_id for ids in state.uploading.values() for attempt_id in ids}
     begun = {Phase.RUNNING, Phase.ANSWERED, Phase.LEAVING}
@@ -257,6 +259,8 @@ def _child_forked(state: State, event: ChildForked, now_s: float, effects: list[
     elif child.phase is ChildPhase.FORKING:
         if child.pool.method == "fresh":
             child.phase = ChildPhase.WARMING
+            child.forked_s = now_s
+            add_deadline(state, now_s + child.pool.workload.spec.setup_timeout_s, "warming", child.id)
         else:
             launchers.child_ready(state, child)
 
@@ -276,7 +280,7 @@ def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: l
     attempt.logs = event.logs
     note_memory(attempt, event.answer)
     child.tasks_done += 1
-    most = child.pool.workload.spec.max_tasks_per_child
+    most = child.pool.tasks_max
     if attempt.ending is not None or (most and child.tasks_done >= most):
         if attempt.ending is None:
             report_answer(state, attempt, now_s, effects)
@@ -347,6 +351,12 @@ def _child_fork_failed(state: State, event: ChildForkFailed, now_s: float, effec
         message = f"the command could not be executed on {state.node}: {event.message}"
         end(state, attempt, Outcome.FAILED, Failure(Cause.COMMAND_EXIT, message, exit_status=127), now_s, effects)
         return
+    if event.is_exec and pool.method == "fresh":
+        spec = pool.workload.spec
+        message = f"the workload's interpreter cannot be started on {state.node}: {event.message}"
+        cause = Cause.SETUP_FAILED if spec.python is not None else Cause.START_FAILED
+        launchers.start_failed(state, pool.workload, cause, message, "", now_s, effects)
+        return
     if attempt is not None:
         failure = Failure(Cause.START_FAILED, f"it could not be started on {state.node}: {event.message}")
         end(state, attempt, Outcome.LOST, failure, now_s, effects)
@@ -402,8 +412,11 @@ def _take_template(
                 workload.steps.append(event.step)
         case TemplateReady():
             template.pid, template.start_s, template.rss_bytes = event.pid, event.start_s, event.rss_bytes
+            template.shared_bytes, template.private_bytes = event.shared_bytes, event.private_bytes
             if workload is None:
                 template.state = TemplateState.READY
+            elif template is workload.publisher:
+                effects.extend(values.published(state, workload, template, event))
             else:
                 _template_ready(state, workload, event, effects)
         case TemplateFailed():
@@ -420,6 +433,7 @@ def _template_ready(state: State, workload: Workload, event: TemplateReady, effe
         return
     workload.reason, workload.fork_point, workload.python = event.reason, event.fork_point, event.python
     workload.fork_cost_s = event.fork_cost_s
+    values.note_setup(workload, event)
     if event.start == "fork":
         template.state = TemplateState.READY
     else:
@@ -448,9 +462,12 @@ def _template_exited(state: State, event: TemplateExited, now_s: float, effects:
         state.spawner_failures += 1
         state.spawner_retry_s = now_s + min(5.0, 0.05 * 2.0**state.spawner_failures)
         add_deadline(state, state.spawner_retry_s, "spawner", template.id)
-    if workload is None or workload.template is not template:
+    if workload is not None and workload.publisher is template:
+        workload.publisher = None
+    elif workload is None or workload.template is not template:
         return
-    workload.template = None
+    else:
+        workload.template = None
     if was is TemplateState.STARTING:
         message = event.message or "the template ended while it started"
         launchers.start_failed(state, workload, Cause.START_FAILED, message, "", now_s, effects)
@@ -481,6 +498,10 @@ def _deadline_came(state: State, deadline: Deadline, now_s: float, effects: list
             workload = state.workloads.get(key)
             if workload is not None and deadline.method in workload.pools:
                 launchers.touch(state, workload.pools[deadline.method])
+        case "setup", int() as number:
+            values.setup_due(state, number, now_s, effects)
+        case "warming", int() as number:
+            values.warming_due(state, number, now_s, effects)
         case "spawner", _:
             for workload in state.workloads.values():
                 for pool in workload.pools.values():

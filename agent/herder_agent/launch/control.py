@@ -56,6 +56,13 @@ class Ready(_Head, frozen=True, tag="ready"):
     start_s: float = 0.0
     rss: int = 0
     fork_cost_s: float | None = None
+    private: int = 0
+    shared: int = 0
+    setup_mode: str = ""
+    setup_s: float | None = None
+    not_published: str = ""
+    #: Setup's value comes along, as the descriptor of its memory file.
+    value: bool = False
 
 
 class Failed(_Head, frozen=True, tag="failed"):
@@ -105,6 +112,9 @@ class Log(_Head, frozen=True, tag="log"):
 
 class Idle(_Head, frozen=True, tag="idle"):
     python: str = ""
+    #: "ran" or "mapped"; "" without setup.
+    setup_from: str = ""
+    setup_s: float | None = None
 
 
 class Started(_Head, frozen=True, tag="started"):
@@ -155,6 +165,8 @@ def descriptors_of(head: object) -> int:
     """How many descriptors come with this frame."""
     if isinstance(head, Forked):
         return head.fds
+    if isinstance(head, Ready):
+        return int(head.value)
     return 1 if isinstance(head, Result) and head.blob else 0
 
 

@@ -32,8 +32,10 @@ def interpreter(python: str) -> list[str]:
     return [python, "-P", "-X", "utf8"]
 
 
-def open_head(spec: WorkloadSpec | None, *, cluster: str, node: str, cloudpickle_path: str) -> dict[str, object]:
-    """The `open` frame's head; its body is the pickled setup."""
+def open_head(
+    spec: WorkloadSpec | None, *, cluster: str, node: str, cloudpickle_path: str, publish: bool = False
+) -> dict[str, object]:
+    """The `open` frame's head; its body is the pickled setup. `publish`: only run setup and hand over its value."""
     workload: dict[str, object] = {}
     setup = b""
     if spec is not None:
@@ -49,6 +51,7 @@ def open_head(spec: WorkloadSpec | None, *, cluster: str, node: str, cloudpickle
             "paths": spec.paths,
             "working_dir": spec.working_dir,
             "max_tasks_per_child": spec.max_tasks_per_child,
+            "max_tasks_given": spec.max_tasks_given,
             "allow_threads": spec.allow_threads,
             "blas_threads": spec.blas_threads,
             "immortal": spec.immortal,
@@ -57,6 +60,7 @@ def open_head(spec: WorkloadSpec | None, *, cluster: str, node: str, cloudpickle
         "t": "open",
         "workload": workload,
         "spawner": spec is None,
+        "publish": publish,
         "cluster": cluster,
         "node": node,
         "cloudpickle_path": cloudpickle_path,

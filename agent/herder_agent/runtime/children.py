@@ -259,7 +259,7 @@ class Children:
                 self._tell_answer(child, answer)
             case control.Idle():
                 child.baseline_bytes = anon_bytes(child.pid)
-                self._dispatch(events.ChildIdle(child.number, head.python))
+                self._dispatch(events.ChildIdle(child.number, head.python, child.baseline_bytes))
             case control.Failed():
                 cause = Cause(head.cause) if head.cause in set(Cause) else Cause.START_FAILED
                 self._dispatch(events.ChildSetupFailed(child.number, cause, head.message, head.traceback))

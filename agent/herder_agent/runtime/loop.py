@@ -101,6 +101,7 @@ class AgentLoop:
         self._template_watch = TemplateWatch(self.loop)
         self._cloudpickle = host.offer_cloudpickle(place.state_dir)
         self._scratch = place.state_dir.absolute() / "scratch"
+        self._values = fresh.Values()
         self._templates: dict[int, forkserver.Template] = {}
         self._pending: deque[events.Event] = deque()
         self._is_stepping = False
@@ -178,6 +179,8 @@ class AgentLoop:
             case fx.StopTemplate():
                 if (template := self._templates.get(effect.template)) is not None:
                     template.stop()
+            case fx.DropValue():
+                self._values.drop(effect.workload)
             case fx.FetchBlobs():
                 self.connection.fetch(effect.attempt, effect.blobs)
             case fx.ReleaseBlobs():
@@ -293,10 +296,15 @@ class AgentLoop:
                 return
             name = spec.key if spec is not None else "spawner"
             opening = forkserver.open_head(
-                spec, cluster=self.place.cluster, node=self.state.node, cloudpickle_path=self._cloudpickle
+                spec,
+                cluster=self.place.cluster,
+                node=self.state.node,
+                cloudpickle_path=self._cloudpickle,
+                publish=effect.publish,
             )
             try:
-                template.start(environment, self.place.state_dir / "logs" / f"template-{name}.log", opening)
+                kind = "publisher" if effect.publish else "template"
+                template.start(environment, self.place.state_dir / "logs" / f"{kind}-{name}.log", opening)
             except OSError as error:
                 without(
                     f"the interpreter {(spec.python if spec else None) or 'of the agent'} cannot be started: {error}"
@@ -309,7 +317,8 @@ class AgentLoop:
 
         def without(message: str) -> None:
             self._templates.pop(effect.template, None)
-            cause = Cause.SETUP_FAILED if spec is not None and spec.prologue else Cause.START_FAILED
+            is_users = spec is not None and (spec.prologue is not None or spec.python is not None)
+            cause = Cause.SETUP_FAILED if is_users else Cause.START_FAILED
             self.dispatch(events.TemplateFailed(effect.template, cause, message))
             self.dispatch(events.TemplateExited(effect.template, message))
 
@@ -332,13 +341,15 @@ class AgentLoop:
             case control.ForkFailed():
                 result = self._not_executed(head) if head.exec else None
                 self.children.not_forked(head.child)
-                self.dispatch(events.ChildForkFailed(head.child, head.message, result))
+                self.dispatch(events.ChildForkFailed(head.child, head.message, result, head.exec))
             case control.Step():
                 audited = AuditStep(
                     head.step, head.seconds, head.rss, head.threads, head.verdict, head.findings, head.applied
                 )
                 self.dispatch(events.TemplateStepped(number, audited))
             case control.Ready():
+                if descriptors and template.spec is not None:
+                    self._values.keep(template.spec.key, descriptors[0])
                 ready = events.TemplateReady(
                     number,
                     head.start,
@@ -348,6 +359,12 @@ class AgentLoop:
                     head.pid,
                     head.start_s,
                     head.rss,
+                    head.setup_mode,
+                    head.setup_s,
+                    head.value,
+                    head.not_published,
+                    head.shared,
+                    head.private,
                     fork_cost_s=head.fork_cost_s,
                 )
                 self.dispatch(ready)
@@ -395,10 +412,15 @@ class AgentLoop:
         spec = self.children.workload_of(child)
         if spec is None or child.channel is None:
             return
-        opening = forkserver.open_head(
-            spec, cluster=self.place.cluster, node=self.state.node, cloudpickle_path=self._cloudpickle
+        known = self.state.children.get(child.number)
+        opening = self._values.opening(
+            spec,
+            known.pool.tasks_max if known is not None else spec.max_tasks_per_child,
+            cluster=self.place.cluster,
+            node=self.state.node,
+            cloudpickle_path=self._cloudpickle,
         )
-        child.channel.send(opening, [spec.setup] if spec.setup else [])
+        child.channel.send(*opening)
         if spec.memory_bytes:
             over = partial(self._fresh_over, child)
             self._template_watch.add(child.pid, spec.memory_bytes, partial(self._is_warming, child), over, True)
@@ -573,6 +595,7 @@ class AgentLoop:
         self.children.close()
         self._template_watch.close()
         self.poller.close()
+        self._values.close()
         self.connection.close()
         self.reaper.close()
 

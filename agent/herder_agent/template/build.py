@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-from . import audit, canary, child, cures, life, objects, preload, seal, system, wire
+from . import audit, canary, child, cures, handover, life, objects, preload, rehome, seal, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,12 +40,14 @@ class Template:
         self._cures = cures.Environment()
         self._locks = objects.held_locks()
         self._start = self._workload.get("start", "auto")
+        self._published = handover.Handover(opening)
 
     def build(self) -> Callable[[int, child.Ends], NoReturn] | None:
         """Take the steps. Returns what a forked child is to become, or None when the agent was told that none can
         be."""
         gc.disable()
-        if self._start == "fresh":
+        rehome.prepare()
+        if self._start == "fresh" and not self._opening.get("publish"):
             self._tell_fresh("asked for by the workload")
             return None
         self._cures.apply()
@@ -56,6 +58,9 @@ class Template:
                 self._take(name)
         except preload.Broken as broken:
             self._channel.send({"t": "failed", **broken.head})
+            return None
+        if self._opening.get("publish"):
+            self._tell_fresh("asked for by the workload")
             return None
         if self._reports[-1].verdict == audit.UNSAFE:
             self._step_back(names)
@@ -109,11 +114,15 @@ class Template:
             self._tell_fresh(reason)
             return
         self._opening["lives"] = lives + 1
-        self._begin_anew(safe[-1] + 1, reason)
+        names, until = self._steps.names, safe[-1] + 1
+        self._published.publish(self._steps)
+        # The value alone may well be safe to have, where making it was not.
+        is_setup = names[until] == preload.SETUP and self._published.fd >= 0 and self._steps.setup_from == "ran"
+        self._begin_anew(len(names) if is_setup else until, reason)
 
     def _begin_anew(self, until: int, reason: str) -> NoReturn:
         """Exec this template again; it takes `until` steps only. Threads and descriptors of this life end here."""
-        will = {**self._opening, "until": until, "reason": reason}
+        will = {**self._opening, "until": until, "reason": reason, **self._published.hand_on(self._steps)}
         fd = life.leave_will(will, self._setup)
         os.set_inheritable(life.CONTROL, True)
         for stream in (sys.stdout, sys.stderr):
@@ -124,11 +133,10 @@ class Template:
 
     def _prove(self, taken: list[str], rest: list[str]) -> Callable[[int, child.Ends], NoReturn] | None:
         """Fork a canary; if it sings, seal and be ready."""
-        workload = self._workload
         plan = child.Plan(
             seen=self._seen,
             python=preload.python_tag(),
-            tasks_max=int(workload.get("max_tasks_per_child", 1)),
+            tasks_max=self._published.tasks_max(self._steps, rest),
             rest=[],
             steps=self._steps,
         )
@@ -155,6 +163,8 @@ class Template:
         report.applied = sealed
         self._tell_step("seal", seconds, report)
         reason = self._opening.get("reason", "")
+        if self._steps.setup_from == "mapped":
+            reason += " Setup's value was made in a process of its own and is mapped."
         if rest:
             reason += f"{'. ' if reason else ''}Each child takes these steps itself: {', '.join(rest)}"
         how: dict[str, Any] = {
@@ -164,13 +174,15 @@ class Template:
             "python": plan.python,
         }
         how["fork_cost_s"] = canary.fork_cost_s()
-        life.send_ready(self._channel, self._opening, how)
+        how["shared"] = rehome.moved.size_bytes
+        life.send_ready(self._channel, self._opening, {**how, **self._published.tell(self._steps, rest)})
         return functools.partial(child.run_forked, plan)
 
     def _tell_fresh(self, reason: str) -> None:
         python = preload.python_tag() if "cloudpickle" in sys.modules else ""
-        how = {"start": "fresh", "fork_point": "", "reason": reason, "python": python}
-        life.send_ready(self._channel, self._opening, how)
+        how: dict[str, Any] = {"start": "fresh", "fork_point": "", "reason": reason, "python": python}
+        self._published.publish(self._steps)
+        life.send_ready(self._channel, self._opening, {**how, **self._published.tell(self._steps)})
 
     def _tell_failed(self, message: str) -> None:
         self._channel.send({"t": "failed", "cause": "fork_unsafe", "message": message, "traceback": ""})

@@ -118,8 +118,12 @@ def run_fresh(fd: int) -> NoReturn:
         if frame is None:
             os._exit(0)
         opening, setup = frame[0], bytes(frame[1])
+        if opening.get("value"):
+            (opening["value_fd"],) = channel.take_descriptors(1)
         seen = load_seen()
         steps = preload.Preload(opening, setup, seen)
+        if opening.get("value"):
+            os.close(opening["value_fd"])
         try:
             for name in steps.names:
                 steps.take(name)
@@ -129,7 +133,7 @@ def run_fresh(fd: int) -> NoReturn:
             os._exit(0)
         task.C_STREAMS.settle()
         runner = task.Runner(seen, preload.python_tag(), preload.thread_controller())
-        channel.send({"t": "idle", "python": runner.python})
+        channel.send({"t": "idle", "python": runner.python, "setup_from": steps.setup_from, "setup_s": steps.setup_s})
         workload = opening.get("workload") or {}
         status = serve(channel, runner, int(workload.get("max_tasks_per_child", 1)))
     except BaseException:  # noqa: BLE001 - the top of a process

@@ -71,15 +71,18 @@ def _settle() -> None:
 
 def send_ready(channel: wire.Channel, opening: dict[str, Any], how: dict[str, Any]) -> None:
     """Tell the agent that this template serves, or that fresh interpreters must. `how`: start, fork_point, reason,
-    python."""
+    python; and of setup's value what `handover` says, with its descriptor."""
     own = f"{sys.version_info.major}.{sys.version_info.minor}/"
+    resident, private = system.memory_bytes()
     account = {
         "python": how.get("python") or own,
         "pid": os.getpid(),
         "start_s": time.monotonic() - opening["began"],
-        "rss": system.memory_bytes()[0],
+        "rss": resident,
+        "private": private,
     }
-    channel.send({"t": "ready", **how, **account})
+    fd = how.pop("value_fd", -1)
+    channel.send({"t": "ready", "value": fd >= 0, **how, **account}, b"", [fd] if fd >= 0 else [])
 
 
 def leave_will(head: dict[str, Any], setup: bytes) -> int:

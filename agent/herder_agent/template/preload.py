@@ -46,6 +46,12 @@ class Preload:
         if setup or self._workload.get("setup_import"):
             self.names.append(SETUP)
         self.applied: list[str] = []
+        #: Where setup's value came from: "ran" in this process, or "mapped"; "" before its step. And what that took.
+        self.setup_from = ""
+        self.value: Any = None
+        self.setup_s: float | None = opening.get("setup_s")
+        #: What another process made of setup and published.
+        self._published = _published(opening.get("value_fd", -1))
 
     def take(self, name: str) -> float:
         """Do this step. Returns the seconds it took; raises Broken."""
@@ -86,6 +92,9 @@ class Preload:
             raise Broken("setup_failed", message, error) from error
 
     def _run_setup(self) -> None:
+        if self._published is not None and self._map_value():
+            return
+        began = time.perf_counter()
         name = self._workload.get("setup_name") or self._workload.get("setup_import") or "setup"
         try:
             function = self._load_setup()
@@ -99,6 +108,24 @@ class Preload:
             message = f"setup {name!r} raised {failures.type_name(error)}: {failures.message_of(error)}"
             raise Broken("setup_failed", message, error) from error
         self._seen.share(value)
+        self.value = value
+        self.setup_from, self.setup_s = "ran", time.perf_counter() - began
+
+    def _map_value(self) -> bool:
+        """Take the published value. False when its types refuse to be unpickled: then setup runs here after all."""
+        try:
+            self._seen.share(self._published.load())
+        except Exception as error:  # noqa: BLE001 - whatever a user's type raises
+            self.applied.append(f"setup runs here: its published value does not unpickle ({error!r:.200})")
+            self._published = None
+            return False
+        self.setup_from = "mapped"
+        return True
+
+    @property
+    def can_map_value(self) -> bool:
+        """Whether the step "setup" takes a published value instead of running setup."""
+        return self._published is not None
 
     def _load_setup(self) -> Any:
         if self._setup:
@@ -110,6 +137,14 @@ class Preload:
         for part in path.split("."):
             found = getattr(found, part)
         return found
+
+
+def _published(fd: int) -> Any:
+    if fd < 0:
+        return None
+    from . import publish
+
+    return publish.Value(fd)
 
 
 class one_native_thread:  # noqa: N801 - a context manager, used as a function

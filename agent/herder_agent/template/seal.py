@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 
-from . import child, hooks, system, task
+from . import child, hooks, rehome, system, task
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
@@ -30,9 +30,10 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     hooks.leave_out()
     plan.kept = [_kept(fd) for fd in kept]
     _ = gc.collect()
+    rehome.move_large_blocks()
     child.warm_up(plan)
     gc.freeze()
-    applied = []
+    applied = rehome.tell()
     if system.memory_bytes()[1] > COLLAPSE_BYTES_MIN:
         folded = system.collapse_huge_pages()
         if folded:

@@ -145,6 +145,8 @@ def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> None:
         again = _after_loss(turn, task, node, end, failure)
     elif failure.cause in OWN:
         again = _after_own_end(turn, task, node, end, failure)
+    elif failure.cause is Cause.SETUP_FAILED:
+        again = _after_failed_setup(turn, task, node, end)
     else:
         _terminal(turn, task, end)
         return
@@ -194,6 +196,15 @@ def _after_own_end(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure:
         backoff_s = task_backoff_s(options.backoff_s, failures)
         avoid = killed_on if killed_on != task.killed_on else task.avoid
         return account(task, failures=failures, killed_on=killed_on, avoid=avoid, backoff_s=backoff_s)
+    _terminal(turn, task, end)
+    return None
+
+
+def _after_failed_setup(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> records.Retry | None:
+    """A node has tried often enough; a second one may have what this one lacks. The task's own code has not run."""
+    others = any(one.state is AgentState.READY and one is not node for one in turn.state.nodes.values())
+    if others and not task.avoid:
+        return account(task, avoid=(node.name,))
     _terminal(turn, task, end)
     return None
 

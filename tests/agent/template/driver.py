@@ -194,6 +194,8 @@ class Template:
         self.children: dict[int, Child] = {}
         self.steps: list[Head] = []
         self.ready: Head = {}
+        #: The memory file of setup's value, where it was published.
+        self.values: list[int] = []
         self._made = 0
         self._exited: dict[int, Head] = {}
 
@@ -203,6 +205,7 @@ class Template:
         head = {
             "t": "open",
             "spawner": workload.pop("spawner", False),
+            "publish": workload.pop("publish", False),
             "cluster": "c1",
             "node": "here",
             "cloudpickle_path": CLOUDPICKLE_PATH,
@@ -214,6 +217,7 @@ class Template:
             answer, _ = self.frames.receive()
             if answer["t"] != "step":
                 self.ready = answer
+                self.values = self.frames.take(1) if answer.get("value") else []
                 return answer
             self.steps.append(answer)
 
@@ -255,6 +259,8 @@ class Template:
 
     def close(self) -> None:
         """Ends the template; asserts that it and its children are gone."""
+        for fd in self.values:
+            os.close(fd)
         self.frames.close()
         try:
             self.process.wait(20)

@@ -59,6 +59,7 @@ def test_failure_of_a_replayed_setup_is_the_tasks_error() -> None:
         if b"template/main.py" in parent:
             raise LookupError("not in a child")
         threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return threading.Lock()  # does not pickle: each child runs setup itself
 
     with driver.ready(setup) as running:
         assert running.ready["fork_point"] == "start"

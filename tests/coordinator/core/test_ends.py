@@ -293,3 +293,19 @@ def test_a_higher_attempt_that_an_earlier_life_forgot_is_as_good_as_any(lab: Lab
     unknown = AttemptId(1, 99)
     lab.ended(success(unknown, 1), session=2)
     assert lab.outcomes() == {1: Outcome.SUCCEEDED}
+
+
+def test_a_failed_setup_is_tried_on_a_second_node_and_on_no_third(lab: Lab) -> None:
+    for name in ("n2", "n3"):
+        lab.node(name, cores=1)
+    lab.open()
+    lab.submit(1)
+    tried = []
+    ended: list[Any] = []
+    while not ended:
+        tried.append(lab.place())
+        assert tried[-1] is not None
+        end = failed(lab.attempt(), Cause.SETUP_FAILED, retryable=False)
+        ended = told_ends(lab.ended(end, name=tried[-1]))
+    assert len(tried) == len(set(tried)) == 2
+    assert lab.failure().cause is Cause.SETUP_FAILED
