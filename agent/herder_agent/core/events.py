@@ -124,6 +124,9 @@ class TemplateReady:
     pid: int
     start_s: float
     rss_bytes: int
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -424,6 +424,9 @@ def report_of(workload: Workload) -> WorkloadReport:
         fresh_start_s=_median(workload, "fresh"),
         error=workload.error,
         python=workload.python,
+        notes=workload.notes,
+        immortal_objects=workload.immortal_objects,
+        immortal_off=workload.immortal_off,
     )
 
 

@@ -206,6 +206,10 @@ class Workload:
     reason: str = ""
     fork_point: str = ""
     python: str = ""
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    #: What its template has to say to the user.
+    notes: tuple[str, ...] = ()
     steps: list[AuditStep] = field(default_factory=list)
     template: Template | None = None
     tries: int = 0

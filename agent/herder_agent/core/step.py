@@ -408,6 +408,8 @@ def _template_ready(state: State, workload: Workload, event: TemplateReady, effe
     if template is None or template.id != event.template:
         return
     workload.reason, workload.fork_point, workload.python = event.reason, event.fork_point, event.python
+    workload.immortal_objects, workload.immortal_off = event.immortal_objects, event.immortal_off
+    workload.notes = event.notes
     if event.start == "fork":
         template.state = TemplateState.READY
     else:

@@ -55,6 +55,9 @@ class Ready(_Head, frozen=True, tag="ready"):
     pid: int = 0
     start_s: float = 0.0
     rss: int = 0
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Failed(_Head, frozen=True, tag="failed"):

@@ -329,7 +329,17 @@ class AgentLoop:
                 self.dispatch(events.TemplateStepped(number, audited))
             case control.Ready():
                 ready = events.TemplateReady(
-                    number, head.start, head.fork_point, head.reason, head.python, head.pid, head.start_s, head.rss
+                    number,
+                    head.start,
+                    head.fork_point,
+                    head.reason,
+                    head.python,
+                    head.pid,
+                    head.start_s,
+                    head.rss,
+                    immortal_objects=head.immortal_objects,
+                    immortal_off=head.immortal_off,
+                    notes=head.notes,
                 )
                 self.dispatch(ready)
             case control.Failed():

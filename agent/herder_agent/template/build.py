@@ -116,6 +116,7 @@ class Template:
             rest=[],
             steps=self._steps,
         )
+        plan.immortal = workload.get("immortal", True)
         report = audit.Report()
         report.thread_count = self._reports[-1].thread_count
         began = time.perf_counter()
@@ -142,7 +143,7 @@ class Template:
         if rest:
             reason += f" Each child takes these steps itself: {', '.join(rest)}"
         how = {"start": "fork", "fork_point": taken[-1], "reason": reason.strip(), "python": plan.python}
-        life.send_ready(self._channel, self._opening, how)
+        life.send_ready(self._channel, self._opening, how | plan.account)
         return functools.partial(child.run_forked, plan)
 
     def _tell_fresh(self, reason: str) -> None:

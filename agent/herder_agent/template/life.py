@@ -69,7 +69,7 @@ def _settle() -> None:
     sys.stderr.flush()
 
 
-def send_ready(channel: wire.Channel, opening: dict[str, Any], how: dict[str, str]) -> None:
+def send_ready(channel: wire.Channel, opening: dict[str, Any], how: dict[str, Any]) -> None:
     """Tell the agent that this template serves, or that fresh interpreters must. `how`: start, fork_point, reason,
     python."""
     own = f"{sys.version_info.major}.{sys.version_info.minor}/"

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 
-from . import child, hooks, system, task
+from . import child, hooks, immortal, system, task
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
@@ -31,8 +31,8 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     plan.kept = [_kept(fd) for fd in kept]
     _ = gc.collect()
     child.warm_up(plan)
+    applied = immortal.settle(plan)
     gc.freeze()
-    applied = []
     if system.memory_bytes()[1] > COLLAPSE_BYTES_MIN:
         folded = system.collapse_huge_pages()
         if folded:
