@@ -25,6 +25,8 @@ import types
 from itertools import compress, repeat
 from operator import is_
 
+from . import system
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,8 +40,6 @@ _BATCH = 4096
 #: Containers opened together; fewer where that gives more than this many objects.
 _OPENED_MAX = 1024
 _FOUND_MANY = 1 << 18
-#: User space of a 64-bit process, in words of 32 bits.
-_WORDS = 1 << 45
 
 #: What becomes of an object: the walk ends here, it stays mortal but is walked through, or it becomes immortal: as it
 #: is, with its hash known, with what it holds, with what it holds unless it is weakly referenced, as a numpy array.
@@ -113,7 +113,7 @@ class Walk:
 
     def __init__(self) -> None:
         self.count = 0
-        self._words = memoryview((ctypes.c_uint32 * _WORDS).from_address(0)).cast("B").cast("I")
+        self._words = system.address_space()
         self._immortal = self._words[id(None) >> 2]
         self._plain = dict(_PLAIN)
         for module, name, kind in _PLAIN_NAMED:
@@ -265,7 +265,7 @@ def unavailable() -> str:
 
 def _self_test() -> str:
     """Try it on objects of our own: their count must be as `None`'s, and stay so."""
-    words = memoryview((ctypes.c_uint32 * _WORDS).from_address(0)).cast("B").cast("I")
+    words = system.address_space()
     immortal = words[id(None) >> 2]
     if immortal != sys.getrefcount(None) or immortal < 1 << 31:
         return f"self-test failed: the reference count of None is {sys.getrefcount(None)}, in memory {immortal}"

@@ -16,10 +16,12 @@ import os
 import signal
 import sys
 
-from . import child, hooks, immortal, system, task
+from . import child, hooks, immortal, system, task, transplant, weigh
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
+#: The same for what moving it into a memory file costs: children map again what they read.
+MOVE_BYTES_MIN = 12 << 20
 
 
 def seal(plan: child.Plan, kept: list[int]) -> list[str]:
@@ -33,10 +35,15 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     child.warm_up(plan)
     applied = immortal.settle(plan)
     gc.freeze()
+    if system.memory_bytes()[1] > MOVE_BYTES_MIN:
+        moved = transplant.transplant()
+        if moved:
+            applied.append(f"{moved >> 20} MiB of private memory moved into a memory file, which forks need not copy")
     if system.memory_bytes()[1] > COLLAPSE_BYTES_MIN:
         folded = system.collapse_huge_pages()
         if folded:
             applied.append(f"{folded >> 20} MiB folded into huge pages")
+    plan.account["notes"] = weigh.notes(plan.seen._value)
     return applied
 
 

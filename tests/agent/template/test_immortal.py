@@ -127,8 +127,9 @@ def test_object_columns_of_frames_are_immortal(version: str) -> None:
 def test_unknown_interpreter_is_left_alone(version: str, sabotage: str, reason: str) -> None:
     code = f"""
 import sys, types
-sys.path.insert(0, {str(driver.FOLDER)!r})
-import immortal
+package = sys.modules["package"] = types.ModuleType("package")
+package.__path__ = [{str(driver.FOLDER)!r}]
+from package import immortal
 immortal.sys = types.SimpleNamespace(**vars(sys))
 class Version(tuple):
     major, minor = 3, 15
