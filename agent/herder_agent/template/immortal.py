@@ -22,7 +22,7 @@ import gc
 import sys
 import time
 import types
-from itertools import compress, repeat
+from itertools import chain, compress, repeat
 from operator import is_
 
 from . import system
@@ -121,6 +121,8 @@ class Walk:
             if isinstance(found, type):
                 self._plain[found] = kind
         self._kinds: dict[type, int] = {}
+        #: Dicts whose keys are to be seen to: those of a dict of texts are not among its referents.
+        self._tables: list[dict[Any, Any]] = []
         #: Left mortal and walked through; kept, so that no id is used again.
         self._passed: dict[int, Any] = {}
         self._python_dealloc = _dealloc(_Plain)
@@ -133,10 +135,13 @@ class Walk:
         """Make immortal what can be reached from `value`. Returns how many objects that were."""
         pending = self._settle([value])
         width = _OPENED_MAX
-        while pending:
-            opened = pending[-width:]
-            del pending[-width:]
-            found = self._open(opened)
+        while pending or self._tables:
+            if self._tables:
+                found = list(chain.from_iterable(map(dict.keys, self._tables[-width:])))
+                del self._tables[-width:]
+            else:
+                found = self._open(pending[-width:])
+                del pending[-width:]
             if len(found) > _FOUND_MANY:
                 width = max(1, width // 8)
             elif width < _OPENED_MAX:
@@ -160,13 +165,17 @@ class Walk:
             if kind is dict and not self._namespaces.isdisjoint(map(id, mine)):
                 mine = [each for each in mine if id(each) not in self._namespaces]
             if what == _THROUGH:
-                opened += self._pass(mine)
+                new = self._pass(mine)
             elif what in (_ATOM, _HASHED):
                 if what == _HASHED:
                     collections.deque(map(hash, mine), 0)
                 self._mark_atoms(mine)
+                continue
             else:
-                opened += self._mark(mine, what)
+                new = self._mark(mine, what)
+            opened += new
+            if issubclass(kind, dict):
+                self._tables += new
         return opened
 
     def _mark_atoms(self, objects: Iterable[Any]) -> None:

@@ -2,9 +2,9 @@
 
 A fork copies the page tables of every mapping that holds private pages, and keeps a list entry for each: in a template
 with many libraries that is most of its price (0.14 µs a page, 3 µs a mapping). The kernel skips mappings of files
-without private pages. So what is private here (data segments of libraries, Python's arenas) is written into one memfd,
-and its pages are mapped from there, privately and at the same addresses: a page is copied when somebody writes to it, as
-before. Neighbours become one mapping.
+without private pages. So what is private here (data segments of libraries, Python's arenas) is written into one
+memfd, and its pages are mapped from there, privately and at the same addresses: a page is copied when somebody writes
+to it, as before. Neighbours become one mapping.
 
 Nothing may change between the copy of a page and its new mapping, and Python changes pages whatever it does. So the
 system calls are run by some forty machine instructions which use the stack and registers alone; the stack stays.
@@ -93,21 +93,32 @@ def transplant() -> int:
 
 
 def _move(fd: int) -> int:
-    run, code = _load()
-    if run is None:
+    # In mappings of files, which never become one with an arena.
+    code = _map_file(_RUN, _PAGE, 5)
+    records_max = 2 * len(system.mappings()) + 4096
+    page = _map_file(b"", records_max * 64, 3)
+    if not code or not page:
         return 0
-    records_max = 2 * sum(1 for _ in system.mappings()) + 4096
-    page = system.map_pages(-1, records_max * 64, 3)
+    run = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long)(code)
     records = (ctypes.c_uint64 * (8 * records_max)).from_address(page)
     count = size = 0
-    for region in regions(page):
+    for region in regions():
         for start in range(region.start, region.end, _COPIED_AT_ONCE):
             length = min(_COPIED_AT_ONCE, region.end - start)
             if count + 2 > records_max:
                 break
-            records[8 * count : 8 * count + 8] = (_PWRITE, fd, start, length, size, 0, 0, length)
+            records[8 * count : 8 * count + 8] = [_PWRITE, fd, start, length, size, 0, 0, length]
             protection = _PROTECTIONS[region.permissions]
-            mapped = (_MMAP, start, length, protection, _MAP_PRIVATE_FIXED, fd, size, start)
+            mapped: list[ctypes.c_uint64 | int] = [
+                _MMAP,
+                start,
+                length,
+                protection,
+                _MAP_PRIVATE_FIXED,
+                fd,
+                size,
+                start,
+            ]
             records[8 * count + 8 : 8 * count + 16] = mapped
             count += 2
             size += length
@@ -122,27 +133,25 @@ def _move(fd: int) -> int:
     return moved
 
 
-def _load() -> tuple[Any, int]:
-    """The machine code as a function, in pages that are never writable. None where that is forbidden."""
+def _map_file(content: bytes, length: int, protection: int) -> int:
+    """Pages of a file of their own, with this content; the code's are never writable. 0 where that is forbidden."""
     fd = os.memfd_create("herder-code", os.MFD_CLOEXEC)
     try:
-        os.write(fd, _RUN)
-        address = system.map_pages(fd, _PAGE, 5)
+        os.write(fd, content)
+        os.ftruncate(fd, length)
+        return system.map_pages(fd, length, protection)
     except OSError:
-        return None, 0
+        return 0
     finally:
         os.close(fd)
-    return ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long)(address), address
 
 
-def regions(*spared: int) -> list[Region]:
-    """What may move, by address; mappings that contain one of the addresses `spared` may not."""
+def regions() -> list[Region]:
+    """What may move, by address."""
     writable = _library_data()
     found: list[Region] = []
     for mapping, anonymous, _, flags in _described():
         if not anonymous or flags & _SPECIAL_FLAGS or mapping.permissions not in _PROTECTIONS:
-            continue
-        if any(mapping.start <= address < mapping.end for address in spared):
             continue
         if not mapping.path or mapping.path.startswith("/"):
             found += _parts(mapping, anonymous, writable)

@@ -146,8 +146,7 @@ def describe(value: Any) -> str:
     kind = type(value)
     if kind in (list, tuple, set, frozenset, dict):
         return f"{kind.__name__} of {len(value):,} entries"
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return name
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _in_units(size_bytes: float) -> str:

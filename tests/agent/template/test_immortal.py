@@ -53,7 +53,8 @@ def test_reading_all_objects_copies_next_to_no_page(version: str) -> None:
     assert total == total_mortal
     assert faults_mortal > 1500
     assert private_kib_mortal > 6000
-    assert faults < 100
+    # Pages of a memory file are mapped sixteen at a time when they are first read.
+    assert faults < 400
     assert private_kib < 400
 
 
