@@ -1,8 +1,9 @@
 """The last step before a template serves: everything that its children would otherwise each have to do, or pay for.
 
 Copy-on-write stays as long as nobody writes. So garbage is collected now and never again (`gc.freeze` puts what is left
-out of the collector's sight), and large heaps are folded into huge pages, which makes a fork cheaper several times
-over. Signal handlers, exit handlers and streams are put right here instead of in each child.
+out of the collector's sight), and memory moves to where forks need not copy it (`transplant`), or is folded into huge
+pages, which makes a fork cheaper several times over. Signal handlers, exit handlers and streams are put right here
+instead of in each child.
 
 The order matters to those who add to it: what changes objects (moving arrays into shared memory, making objects
 immortal) comes before `gc.freeze`, what only moves pages after it.
