@@ -16,7 +16,10 @@ PROBE_TIMEOUT_S = 20.0
 
 @functools.cache
 def find(version: str) -> Path | None:
-    """The real executable of CPython `version` ("3.12"), or None. Pyenv's shims are looked through, not returned."""
+    """The real executable of CPython `version` ("3.12"), or None. Pyenv's shims are looked through, not returned.
+
+    One with libraries installed is named by HERDER_TEST_PYTHON_312 (its virtual environment's `bin/python`).
+    """
     for candidate in _candidates(version):
         executable = _executable_of(candidate, version)
         if executable is not None:
@@ -36,7 +39,8 @@ def _candidates(version: str) -> list[str]:
     root = Path(os.environ.get("PYENV_ROOT", str(Path("~/.pyenv").expanduser())))
     below_pyenv = sorted(root.glob(f"versions/{version}.*/bin/python{version}"), reverse=True)
     on_path = shutil.which(f"python{version}")
-    return [str(path) for path in below_pyenv] + ([on_path] if on_path else [])
+    named = os.environ.get(f"HERDER_TEST_PYTHON_{version.replace('.', '')}")
+    return [path for path in (named, *map(str, below_pyenv), on_path) if path]
 
 
 def _executable_of(candidate: str, version: str) -> Path | None:

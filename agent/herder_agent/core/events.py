@@ -147,6 +147,9 @@ class TemplateReady:
     private_bytes: int = 0
     #: One bare fork from the sealed template, as it measured it itself.
     fork_cost_s: float | None = None
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

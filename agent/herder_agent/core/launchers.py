@@ -451,7 +451,9 @@ def report_of(workload: Workload) -> WorkloadReport:
         python=workload.python,
         setup_mode=values.setup_mode(workload),
         setup_s=workload.setup_s,
-        notes=values.notes(workload),
+        notes=(*workload.notes, *values.notes(workload)),
+        immortal_objects=workload.immortal_objects,
+        immortal_off=workload.immortal_off,
     )
 
 

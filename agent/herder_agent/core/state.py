@@ -235,6 +235,10 @@ class Workload:
     fork_point: str = ""
     fork_cost_s: float | None = None
     python: str = ""
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    #: What its template has to say to the user.
+    notes: tuple[str, ...] = ()
     steps: list[AuditStep] = field(default_factory=list)
     template: Template | None = None
     tries: int = 0

@@ -434,6 +434,8 @@ def _template_ready(state: State, workload: Workload, event: TemplateReady, effe
     workload.reason, workload.fork_point, workload.python = event.reason, event.fork_point, event.python
     workload.fork_cost_s = event.fork_cost_s
     values.note_setup(workload, event)
+    workload.immortal_objects, workload.immortal_off = event.immortal_objects, event.immortal_off
+    workload.notes = event.notes
     if event.start == "fork":
         template.state = TemplateState.READY
     else:

@@ -63,6 +63,9 @@ class Ready(_Head, frozen=True, tag="ready"):
     not_published: str = ""
     #: Setup's value comes along, as the descriptor of its memory file.
     value: bool = False
+    immortal_objects: int = 0
+    immortal_off: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Failed(_Head, frozen=True, tag="failed"):

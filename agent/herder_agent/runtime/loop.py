@@ -366,6 +366,9 @@ class AgentLoop:
                     head.shared,
                     head.private,
                     fork_cost_s=head.fork_cost_s,
+                    immortal_objects=head.immortal_objects,
+                    immortal_off=head.immortal_off,
+                    notes=head.notes,
                 )
                 self.dispatch(ready)
             case control.Failed():

@@ -140,6 +140,7 @@ class Template:
             rest=[],
             steps=self._steps,
         )
+        plan.immortal = workload.get("immortal", True)
         report = audit.Report()
         report.thread_count = self._reports[-1].thread_count
         began = time.perf_counter()
@@ -175,7 +176,8 @@ class Template:
         }
         how["fork_cost_s"] = canary.fork_cost_s()
         how["shared"] = rehome.moved.size_bytes
-        life.send_ready(self._channel, self._opening, {**how, **self._published.tell(self._steps, rest)})
+        account = {**plan.account, **self._published.tell(self._steps, rest)}
+        life.send_ready(self._channel, self._opening, {**how, **account})
         return functools.partial(child.run_forked, plan)
 
     def _tell_fresh(self, reason: str) -> None:

@@ -20,7 +20,7 @@ from . import failures, hooks, preload, streams, system, task, wire
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 #: A child's task socket, and the write ends of its stdout and stderr pipes.
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ class Plan:
         self.rest = rest
         self.steps = steps
         self.kept: list[Kept] = []
+        #: Whether the workload wants setup's value immortal.
+        self.immortal = True
+        #: What `ready` says of the sealing, for the workload's report.
+        self.account: dict[str, Any] = {}
         # Made here, so that no child has to: writing a few fields costs it fewer pages than making the objects.
         self.runner = task.Runner(seen, python, preload.thread_controller())
         nowhere, self._unused = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)

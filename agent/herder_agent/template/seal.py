@@ -1,8 +1,9 @@
 """The last step before a template serves: everything that its children would otherwise each have to do, or pay for.
 
 Copy-on-write stays as long as nobody writes. So garbage is collected now and never again (`gc.freeze` puts what is left
-out of the collector's sight), and large heaps are folded into huge pages, which makes a fork cheaper several times
-over. Signal handlers, exit handlers and streams are put right here instead of in each child.
+out of the collector's sight), and memory moves to where forks need not copy it (`transplant`), or is folded into huge
+pages, which makes a fork cheaper several times over. Signal handlers, exit handlers and streams are put right here
+instead of in each child.
 
 The order matters to those who add to it: what changes objects (moving arrays into shared memory, making objects
 immortal) comes before `gc.freeze`, what only moves pages after it.
@@ -16,10 +17,12 @@ import os
 import signal
 import sys
 
-from . import child, hooks, rehome, system, task
+from . import child, hooks, immortal, rehome, system, task, transplant, weigh
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
+#: The same for what moving it into a memory file costs: children map again what they read.
+MOVE_BYTES_MIN = 12 << 20
 
 
 def seal(plan: child.Plan, kept: list[int]) -> list[str]:
@@ -32,12 +35,18 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     _ = gc.collect()
     rehome.move_large_blocks()
     child.warm_up(plan)
+    applied = immortal.settle(plan)
     gc.freeze()
-    applied = rehome.tell()
+    applied += rehome.tell()
+    if system.memory_bytes()[1] > MOVE_BYTES_MIN:
+        moved = transplant.transplant()
+        if moved:
+            applied.append(f"{moved >> 20} MiB of private memory moved into a memory file, which forks need not copy")
     if system.memory_bytes()[1] > COLLAPSE_BYTES_MIN:
         folded = system.collapse_huge_pages()
         if folded:
             applied.append(f"{folded >> 20} MiB folded into huge pages")
+    plan.account["notes"] = weigh.notes(plan.seen._value)
     return applied
 
 

@@ -26,6 +26,11 @@ _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong,
 _prctl.restype = ctypes.c_int
 _fflush = _libc.fflush
 _fflush.argtypes = (ctypes.c_void_p,)
+_mmap = _libc.mmap
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_mmap.restype = ctypes.c_void_p
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -131,11 +136,33 @@ def mappings() -> list[Mapping]:
     found = []
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
-            fields = line.split(None, 5)
-            start, _, end = fields[0].partition("-")
-            path = fields[5].rstrip("\n") if len(fields) > 5 else ""
-            found.append(Mapping(int(start, 16), int(end, 16), fields[1], path))
+            found.append(parse_mapping(line))
     return found
+
+
+def parse_mapping(line: str) -> Mapping:
+    fields = line.split(None, 5)
+    start, _, end = fields[0].partition("-")
+    path = fields[5].rstrip("\n") if len(fields) > 5 else ""
+    return Mapping(int(start, 16), int(end, 16), fields[1], path)
+
+
+def address_space() -> memoryview:
+    """All of this process's memory, in words of 32 bits: word N is at address 4 N. As sharp as it sounds."""
+    return memoryview((ctypes.c_uint32 * (1 << 45)).from_address(0)).cast("B").cast("I")
+
+
+def map_pages(fd: int, length: int, protection: int) -> int:
+    """Map a file privately, or anonymous memory (-1), outside any allocator. Returns the address; raises OSError."""
+    address: int | None = _mmap(None, length, protection, 0x02 if fd >= 0 else 0x22, fd, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return address
+
+
+def unmap_pages(address: int, length: int) -> None:
+    _munmap(address, length)
 
 
 def collapse_huge_pages() -> int:

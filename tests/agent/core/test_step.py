@@ -17,6 +17,7 @@ from herder_agent.core.launchers import (
     IDLE_CHILD_S,
     IDLE_TEMPLATE_S,
     REFUSAL_S,
+    report_of,
 )
 from herder_agent.core.state import PIDS, State, check_invariants, new_state
 from herder_agent.core.step import next_deadline_s, step
@@ -145,6 +146,16 @@ def test_reserve_is_filled_again_after_an_exit_by_several_at_once() -> None:
         asked += [effect for effect in effects if isinstance(effect, fx.ForkChildren)]
         machine.take(ev.LeftoversGone())
     assert [len(each.children) for each in asked] == [FORK_BATCH]
+
+
+def test_workloads_report_says_what_its_template_said_of_its_memory() -> None:
+    machine = Machine()
+    machine.order(1)
+    account = {"immortal_objects": 12, "immortal_off": "why", "notes": ("R10: slow",)}
+    machine.take(ev.TemplateReady(1, "fork", "setup", "", "3.12/3.1", 900, 0.1, 1000, **account))  # type: ignore[arg-type]
+    (workload,) = machine.state.workloads.values()
+    report = report_of(workload)
+    assert (report.immortal_objects, report.immortal_off, report.notes) == (12, "why", ("R10: slow",))
 
 
 def test_end_is_reported_with_the_answer_and_the_slot_is_held_until_nothing_is_left_of_the_process() -> None:
