@@ -275,7 +275,7 @@ def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: l
     attempt.peak_bytes = max(attempt.peak_bytes, event.answer.peak_bytes)
     child.tasks_done += 1
     most = child.pool.workload.spec.max_tasks_per_child
-    if attempt.ending is not None or (most and child.tasks_done >= most):
+    if attempt.ending is not None or event.ends or (most and child.tasks_done >= most):
         if attempt.ending is None:
             report_answer(state, attempt, now_s, effects)
             add_deadline(state, now_s + EXIT_GRACE_S, "kill", attempt.id)

@@ -117,6 +117,7 @@ class Result(_Head, frozen=True, tag="result"):
     majflt: int = 0
     blob: bool = False
     peak: int = 0
+    last: bool = False
 
 
 class Error(_Head, frozen=True, tag="error"):
@@ -132,6 +133,7 @@ class Error(_Head, frozen=True, tag="error"):
     minflt: int = 0
     majflt: int = 0
     peak: int = 0
+    last: bool = False
 
 
 FromTemplate = Step | Ready | Failed | Forked | ForkFailed | Exited | Stats | Log

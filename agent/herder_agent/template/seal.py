@@ -32,7 +32,7 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     _ = gc.collect()
     child.warm_up(plan)
     gc.freeze()
-    applied = []
+    applied = list(plan.runner.generators.notes)
     if system.memory_bytes()[1] > COLLAPSE_BYTES_MIN:
         folded = system.collapse_huge_pages()
         if folded:
