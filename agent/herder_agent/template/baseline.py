@@ -47,9 +47,10 @@ _WATCHED = {
     "os": ("nice", "setpriority", "sched_setscheduler", "sched_setparam"),
 }
 #: Calls that cannot be undone.
-_FINAL = frozenset(
-    "setuid seteuid setreuid setresuid setgid setegid setregid setresgid setgroups initgroups chroot unshare setns".split()
-)
+_FINAL = {
+    *("setuid", "seteuid", "setreuid", "setresuid", "setgid", "setegid", "setregid", "setresgid", "setgroups"),
+    *("initgroups", "chroot", "unshare", "setns"),
+}
 #: The C functions under `signal`'s, which make an enum of each answer.
 _get_handler = _signal.getsignal
 _get_mask = _signal.pthread_sigmask

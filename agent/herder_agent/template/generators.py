@@ -54,7 +54,7 @@ class Generators:
             part(os.urandom)
 
     def settle(self) -> None:
-        """Drop what was drawn and not yet given out; done already when they are found."""
+        """Drop what was drawn and not yet given out, and begin to count anew; done already when they are found."""
         for settle in self._settlers:
             settle()
 
@@ -242,6 +242,8 @@ def _of_bits(generator: Any) -> Made:
             state["buffer_pos"] = len(state["buffer"])
         if "pos" in state["state"]:
             state["state"]["pos"] = len(state["state"]["key"])
+        if "counter" in state["state"]:
+            state["state"]["counter"][:] = 0
         generator.state = state
 
     settle()
