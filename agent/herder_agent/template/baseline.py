@@ -79,7 +79,7 @@ class Baseline:
         self._children = self._read_children()
         self._threads = _thread._count()  # type: ignore[attr-defined]
         self._tasks = 0
-        self._folder = os.getcwd()
+        self._folder = _folder()
         self._umask = os.umask(0o022)
         os.umask(self._umask)
         self._mask = _get_mask(signal.SIG_BLOCK, ())
@@ -147,7 +147,12 @@ class Baseline:
                 return
         except FileNotFoundError:
             pass
-        os.chdir(self._folder)
+        try:
+            os.chdir(self._folder)
+        except OSError:
+            # It has been removed, which is nothing that this process could put right.
+            os.chdir("/")
+            self._folder = "/"
 
     def _restore_signals(self) -> None:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
@@ -353,6 +358,15 @@ class _RandomModules:
 
 def _random_modules() -> tuple[bool, bool, bool]:
     return "random" in sys.modules, "numpy.random" in sys.modules, "torch" in sys.modules
+
+
+def _folder() -> str:
+    """The current folder; the root where that has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        os.chdir("/")
+        return "/"
 
 
 def _random_place() -> int:

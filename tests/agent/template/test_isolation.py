@@ -443,6 +443,26 @@ def test_threads_variables_hold_for_every_task_of_a_child(often: driver.Template
     often.drop_children()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_tasks_run_in_the_clients_folder_where_there_is_one(tmp_path: Any, is_there: bool) -> None:
+    folder = tmp_path / "clients"
+    if is_there:
+        folder.mkdir()
+    with driver.ready(paths=[str(tmp_path), str(folder)], max_tasks_per_child=0) as running:
+        child = running.fork()
+        assert child.run(os.getcwd) == (str(folder) if is_there else os.getcwd())
+        if is_there:
+            folder.rmdir()
+            child.run(os.chdir, "/proc")
+            assert child.run(os.getcwd) == "/"
+            assert running.fork().run(os.getcwd) == "/"
+
+
+def test_working_dir_goes_before_the_clients_folder(tmp_path: Any) -> None:
+    with driver.ready(paths=[str(tmp_path)], working_dir="/proc") as running:
+        assert running.fork().run(os.getcwd) == "/proc"
+
+
 # --- output and locks ------------------------------------------------------------------------------------------------
 
 
