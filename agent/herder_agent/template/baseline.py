@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import _contextvars
 import _locale
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _thread
 import fcntl
 import gc
@@ -77,7 +77,7 @@ class Baseline:
         self._streams = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1, 2)]
         self._children_fd = _open_or_none(f"/proc/self/task/{os.getpid()}/children")
         self._children = self._read_children()
-        self._threads = _thread._count()  # type: ignore[attr-defined]
+        self._threads = _thread._count()
         self._tasks = 0
         self._folder = _folder()
         self._umask = os.umask(0o022)
@@ -105,7 +105,7 @@ class Baseline:
             reason = self._limits_changed()
             if reason:
                 return reason
-        if _thread._count() > self._threads:  # type: ignore[attr-defined]
+        if _thread._count() > self._threads:
             left = self._threads_left()
             if left:
                 return f"thread {left!r} was left running"

@@ -48,6 +48,10 @@ class Generators:
     def __len__(self) -> int:
         return len(self._parts)
 
+    def joined(self, other: Generators) -> Generators:
+        """These and others; what is in both is given a state twice, the same where there is a seed."""
+        return Generators(self._parts + other._parts, self._settlers + other._settlers, self.notes + other.notes)
+
     def part(self) -> None:
         """Give each a stream that no other process has."""
         for _, part in self._parts:
@@ -122,6 +126,7 @@ def _makers() -> dict[type, Maker]:
 
 def _family(kind: type) -> Iterator[type]:
     yield kind
+    below: type
     for below in type.__subclasses__(kind):
         yield from _family(below)
 

@@ -158,8 +158,11 @@ class Runner:
             used["last"] = True
 
     def find_generators(self) -> None:
-        """Look for random generators, and give each a stream that no other process has."""
-        self.generators = generators.find(self.seen.value())
+        """Look for random generators, and give each a stream that no other process has.
+
+        Those that were known are kept: the collector does not show what was frozen in the template.
+        """
+        self.generators = self.generators.joined(generators.find(self.seen.value()))
         self.generators.part()
 
     def remember(self) -> None:

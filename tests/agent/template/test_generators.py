@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,14 +170,22 @@ def test_what_a_task_seeded_is_not_seeded_for_the_next(tasks: Any) -> None:
     assert _alike([tasks(seed_and_draw) for _ in range(6)]) == set()
 
 
-def test_nothing_is_done_where_there_are_no_generators() -> None:
-    with driver.ready(preload=["numpy", "tempfile", "random"]) as running:
-
-        def count() -> int:
-            found = next(module for name, module in sys.modules.items() if name == "_herder_template.generators")
-            return len(found.find(None))
-
-        assert running.fork().run(count) == 0
+def test_nothing_is_found_where_nobody_made_a_generator() -> None:
+    script = """if True:
+        import importlib, random, sys, tempfile, numpy.random
+        next(tempfile._get_candidate_names())
+        package = type(sys)("package")
+        package.__path__ = [sys.argv[1]]
+        sys.modules["package"] = package
+        generators = importlib.import_module("package.generators")
+        before = len(generators.find(None))
+        own = numpy.random.default_rng()
+        print(before, len(generators.find(None)))
+    """
+    folder = str(Path(generators.__file__).parent)
+    printed = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    # The generator's state, and the seeds of what it may spawn.
+    assert printed.stdout.split() == ["0", "2"]
 
 
 def test_every_bit_generator_of_numpys_is_overwritten_in_place() -> None:
