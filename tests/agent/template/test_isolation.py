@@ -85,7 +85,7 @@ def _loop() -> str:
     import asyncio
 
     policy = asyncio.get_event_loop_policy()
-    return f"{type(policy).__name__} {getattr(policy._local, '_set_called', None)}"
+    return f"{type(policy).__name__} {getattr(vars(policy)['_local'], '_set_called', None)}"
 
 
 def _set_context() -> None:
@@ -179,11 +179,11 @@ def _replace_streams() -> None:
 
     sys.stdout, sys.stderr, sys.stdin = io.StringIO(), io.StringIO(), io.StringIO()
     sys.argv, sys.path = ["other"], []
-    sys.excepthook = sys.unraisablehook = sys.displayhook = print  # type: ignore[assignment]
+    sys.excepthook = sys.unraisablehook = sys.displayhook = print
 
 
 def _streams() -> tuple[bool, ...]:
-    hooks = [hook is print for hook in (sys.excepthook, sys.unraisablehook, sys.displayhook)]  # type: ignore[comparison-overlap]
+    hooks = [hook is print for hook in (sys.excepthook, sys.unraisablehook, sys.displayhook)]
     own = [type(each).__name__ == "TextIOWrapper" for each in (sys.stdin, sys.stdout, sys.stderr)]
     return (*own, *hooks, sys.argv == ["other"], sys.path == [])
 
