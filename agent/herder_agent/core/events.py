@@ -217,6 +217,8 @@ class ChildAnswered:
     child: int
     answer: Answer
     logs: Logs | None = None
+    #: It takes no further task: its task left what it cannot put back.
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,7 +281,7 @@ def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: l
     note_memory(attempt, event.answer)
     child.tasks_done += 1
     most = child.pool.tasks_max
-    if attempt.ending is not None or (most and child.tasks_done >= most):
+    if attempt.ending is not None or event.ends or (most and child.tasks_done >= most):
         if attempt.ending is None:
             report_answer(state, attempt, now_s, effects)
             add_deadline(state, now_s + EXIT_GRACE_S, "kill", attempt.id)

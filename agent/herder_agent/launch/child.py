@@ -129,6 +129,8 @@ class Child:
         self.scratch = ""
         #: It runs more than one task.
         self.reuses = False
+        #: It has said that it ends after this answer, whatever it could yet be given.
+        self.ends = False
 
     def send_task(self, head: dict[str, object], parts: list[bytes], descriptors: list[int]) -> None:
         """Give it a task."""

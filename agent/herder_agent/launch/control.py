@@ -135,6 +135,7 @@ class Result(_Head, frozen=True, tag="result"):
     peak: int = 0
     inblock: int = 0
     oublock: int = 0
+    last: bool = False
 
 
 class Error(_Head, frozen=True, tag="error"):
@@ -152,6 +153,7 @@ class Error(_Head, frozen=True, tag="error"):
     peak: int = 0
     inblock: int = 0
     oublock: int = 0
+    last: bool = False
 
 
 FromTemplate = Step | Ready | Failed | Forked | ForkFailed | Exited | Stats | Log

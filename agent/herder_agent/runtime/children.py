@@ -242,8 +242,10 @@ class Children:
             case control.Started():
                 self._dispatch(events.ChildStarted(child.number))
             case control.Result():
+                child.ends = head.last
                 self._answered(child, head, body, descriptors)
             case control.Error():
+                child.ends = head.last
                 answer = Answer(
                     None,
                     _failure_of(head, body),
@@ -315,7 +317,7 @@ class Children:
         logs = child.take_logs()
         if not child.reuses and child.channel is not None:
             child.channel.rest()
-        self._dispatch(events.ChildAnswered(child.number, answer, logs))
+        self._dispatch(events.ChildAnswered(child.number, answer, logs, child.ends))
 
     def _peak(self, child: Child, head: control.Result | control.Error) -> int:
         if head.wall < _UNSAMPLED_S:

@@ -140,7 +140,7 @@ class Template:
             rest=[],
             steps=self._steps,
         )
-        plan.immortal = workload.get("immortal", True)
+        plan.immortal = self._workload.get("immortal", True)
         report = audit.Report()
         report.thread_count = self._reports[-1].thread_count
         began = time.perf_counter()

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from . import failures, hooks, preload, streams, system, task, wire
+from . import failures, generators, hooks, preload, streams, system, task, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,7 +71,11 @@ class Plan:
         nowhere.close()
         self._unused.close()
         self.rehearsal = task.Rehearsal()
-        self.part_streams = streams.parting()
+        if tasks_max != 1:
+            from . import baseline  # noqa: F401 - loaded here, so that no child has to
+
+        self.runner.generators = generators.find(seen.value())
+        self.part_streams = streams.parting(self.runner.generators)
 
 
 def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
@@ -137,6 +141,7 @@ def run_fresh(fd: int) -> NoReturn:
             os._exit(0)
         task.C_STREAMS.settle()
         runner = task.Runner(seen, preload.python_tag(), preload.thread_controller())
+        runner.find_generators()
         channel.send({"t": "idle", "python": runner.python, "setup_from": steps.setup_from, "setup_s": steps.setup_s})
         workload = opening.get("workload") or {}
         status = serve(channel, runner, int(workload.get("max_tasks_per_child", 1)))
@@ -170,7 +175,7 @@ def serve(channel: wire.Channel, runner: task.Runner, tasks_max: int) -> int:
         except (BrokenPipeError, ConnectionResetError):
             return 0
         done += 1
-        if done == tasks_max:
+        if done == tasks_max or runner.unfit:
             return 0
         runner.restore()
 
@@ -251,6 +256,8 @@ def _replay(plan: Plan) -> None:
     try:
         for name in plan.rest:
             plan.steps.take(name)
+        if plan.rest:
+            plan.runner.find_generators()
     except preload.Broken as broken:
         plan.runner.setup_error = broken.head
 

@@ -73,10 +73,20 @@ class Preload:
             except OSError as error:
                 message = f"the workload's working_dir {folder!r} cannot be entered on this node: {error.strerror}"
                 raise Broken("start_failed", message, error) from error
+        else:
+            self._enter_clients_folder()
         paths = [*([folder] if folder else []), *(self._workload.get("paths") or ())]
         sys.path[:0] = [path for path in dict.fromkeys(paths) if path not in sys.path and os.path.isdir(path)]
         import_cloudpickle(self._opening.get("cloudpickle_path") or "")
         provide_herder(self._seen)
+
+    def _enter_clients_folder(self) -> None:
+        """Where the node has the folder in which the client runs (the last of `paths`), tasks run there, too."""
+        for folder in (self._workload.get("paths") or ())[-1:]:
+            try:
+                os.chdir(folder)
+            except OSError:
+                return  # not on this node: the agent's own
 
     def _import(self, name: str) -> None:
         try:

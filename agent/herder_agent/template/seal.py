@@ -37,7 +37,7 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     child.warm_up(plan)
     applied = immortal.settle(plan)
     gc.freeze()
-    applied += rehome.tell()
+    applied += [*rehome.tell(), *plan.runner.generators.notes]
     if system.memory_bytes()[1] > MOVE_BYTES_MIN:
         moved = transplant.transplant()
         if moved:

@@ -108,3 +108,8 @@ def share(value: Any) -> None:
     """`setup` gave this value."""
     global _value
     _value = value
+
+
+def value() -> Any:
+    """What `setup` gave; for the process's own code, also outside a task."""
+    return _value

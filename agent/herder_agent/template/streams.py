@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import sys
 
-from . import system
+from . import generators, system
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_TWISTER_BYTES = 624 * 4
+TWISTER_BYTES = 624 * 4
 
 
 def task_seed(seed: int, index: int) -> int:
@@ -71,22 +71,39 @@ class Latecomers:
         loader.exec_module = execute_and_seed
 
 
-def parting() -> Callable[[], None]:
+def parting(found: generators.Generators = generators.NONE) -> Callable[[], None]:
     """What a forked child calls to have streams of its own. Made in the template, when all is loaded."""
+    part_modules = _parting_of_modules()
+    if not len(found):
+        return part_modules
+
+    def part() -> None:
+        part_modules()
+        found.part()
+
+    return part
+
+
+def _parting_of_modules() -> Callable[[], None]:
     if "torch" not in sys.modules:
         if "numpy.random" not in sys.modules:
             return _nothing
-        address = _twister_address(sys.modules["numpy.random"])
+        address = twister_address(sys.modules["numpy.random"])
         if address:
-            return lambda: system.write_memory(address, os.urandom(_TWISTER_BYTES))
-    return lambda: seed_all(int.from_bytes(os.urandom(8), "little"))
+            return lambda: system.write_memory(address, os.urandom(TWISTER_BYTES))
+    return seed_anew
+
+
+def seed_anew() -> None:
+    """Give the module-wide streams a seed that nobody else has."""
+    seed_all(int.from_bytes(os.urandom(8), "little"))
 
 
 def _nothing() -> None:
     return None
 
 
-def _twister_address(module: Any) -> int:
+def twister_address(module: Any) -> int:
     """Where the state of numpy's module-wide generator lies; 0 where that is not to be relied upon."""
     try:
         # Half of a pair of normal deviates may be in store: it would come out of every child.
@@ -96,8 +113,8 @@ def _twister_address(module: Any) -> int:
         if kind != "MT19937" or type(generator) is not module.MT19937:
             return 0
         address = int(generator.ctypes.state_address)
-        pattern = os.urandom(_TWISTER_BYTES)
-        if system.read_memory(address, _TWISTER_BYTES) != key.tobytes():
+        pattern = os.urandom(TWISTER_BYTES)
+        if system.read_memory(address, TWISTER_BYTES) != key.tobytes():
             return 0
         system.write_memory(address, pattern)
         is_where_we_think = bool(module.get_state()[1].tobytes() == pattern)

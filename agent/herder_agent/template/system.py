@@ -120,6 +120,11 @@ def read_memory(address: int, length: int) -> bytes:
     return ctypes.string_at(address, length)
 
 
+def memory_at(address: int, length: int) -> memoryview:
+    """This process's own memory, as it is whenever it is looked at."""
+    return memoryview((ctypes.c_char * length).from_address(address))
+
+
 class Mapping:
     """A line of /proc/self/maps."""
 

@@ -12,16 +12,18 @@ import mmap
 import os
 import pickle
 import resource
-import signal
 import sys
 import time
 
-from . import cures, failures, streams, system, wire
+from . import cures, failures, generators, streams, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
     from typing import Any
+
+    from . import baseline
 
 #: Results up to this travel in their frame, larger ones in a sealed memfd.
 INLINE_BYTES_MAX = 64 * 1024
@@ -37,9 +39,6 @@ THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
     "POLARS_MAX_THREADS",
 )
-#: The C functions under `signal`'s, which make an enum of each answer: forty of them are asked after each task.
-_get_handler = sys.modules["_signal"].getsignal
-_SIGNALS = [number for number in range(1, 32) if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
 
 class Exit(BaseException):
@@ -65,10 +64,16 @@ class Runner:
         self._threads = int(text) if len(said) == 1 and (text := said.pop() or "").isdecimal() else 0
         self._cpus: list[int] | None = None
         self._limits: dict[str, Any] = {}
-        self._baseline: Baseline | None = None
+        self._baseline: baseline.Baseline | None = None
+        #: How a child that is used again calls a function; None is as any.
+        self._call: Callable[..., Any] | None = None
+        #: Why this process cannot be used again.
+        self.unfit = ""
         self._below: resource.struct_rusage | None = None
         self._discarding = False
         self._latecomers = streams.Latecomers()
+        #: Those that setup and preloaded modules made.
+        self.generators = generators.NONE
         self._pipes: tuple[int, ...] | None = None
 
     def run(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> None:
@@ -87,10 +92,11 @@ class Runner:
                 channel.send_packed(_STARTED)
             usage = Usage(self._below)
             try:
-                value = function(*args, **kwargs)
+                value = function(*args, **kwargs) if self._call is None else self._call(function, *args, **kwargs)
             finally:
                 used = usage.stop()
                 self._below = usage.below
+                self._judge(used)
                 if os.getpid() != pid:
                     raise Exit(0)
             del function, args, kwargs
@@ -136,13 +142,36 @@ class Runner:
         self._below = None
 
     def restore(self) -> None:
-        """Put back what a task may have left changed: folder, environment, umask, signal handlers, alarms."""
-        if self._baseline is not None:
+        """Put back what a task may have left changed (see `baseline`)."""
+        if self._baseline is None:
+            return
+        try:
             self._baseline.restore()
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            self.unfit = f"what the task before changed could not be put back: {error}"
+        self._discarding = False
+
+    def _judge(self, used: dict[str, float]) -> None:
+        """Say with the answer if it is the last, since the task left what cannot be put back."""
+        if self._baseline is not None and not self.unfit:
+            self.unfit = self._baseline.drift()
+        if self.unfit:
+            used["last"] = True
+
+    def find_generators(self) -> None:
+        """Look for random generators, and give each a stream that no other process has.
+
+        Those that were known are kept: the collector does not show what was frozen in the template.
+        """
+        self.generators = self.generators.joined(generators.find(self.seen.value()))
+        self.generators.part()
 
     def remember(self) -> None:
         """What `restore` restores is as it is now. Called by children that run more than one task."""
-        self._baseline = Baseline()
+        from . import baseline
+
+        self._baseline = baseline.Baseline(self.generators)
+        self._call = baseline.call
 
     def _parts(self, channel: wire.Channel | None, head: dict[str, Any], body: memoryview) -> dict[str, Any]:
         parts: dict[str, Any] = {}
@@ -160,6 +189,8 @@ class Runner:
         return parts
 
     def _prepare(self, head: dict[str, Any]) -> None:
+        if self.unfit:
+            raise failures.Refusal("start_failed", self.unfit)
         if self.setup_error is not None:
             raise SetupBroke(self.setup_error)
         tag = head.get("python")
@@ -169,6 +200,7 @@ class Runner:
         if cpus and cpus != self._cpus:
             os.sched_setaffinity(0, cpus)
             self._cpus = cpus
+            self._adopt()
         self._set_threads(head.get("threads") or 1)
         for name, value in (head.get("env") or {}).items():
             os.environ[name] = value
@@ -180,6 +212,7 @@ class Runner:
             for name, (soft, hard) in limits.items():
                 system.set_limit(name, soft, hard)
             self._limits = limits
+            self._adopt()
         if bool(head.get("discard")) != self._discarding:
             self._redirect(bool(head.get("discard")))
         seed = head.get("seed")
@@ -193,7 +226,12 @@ class Runner:
         if self._latecomers not in sys.meta_path:
             sys.meta_path.insert(0, self._latecomers)
         self._latecomers.seed = seed
-        streams.seed_all(int.from_bytes(os.urandom(8), "little") if seed is None else seed)
+        if seed is None:
+            streams.seed_anew()
+            self.generators.part()
+        else:
+            streams.seed_all(seed)
+            self.generators.seed(seed)
 
     def _redirect(self, discard: bool) -> None:
         """Send stdout and stderr to nowhere, or back to the pipes."""
@@ -214,6 +252,12 @@ class Runner:
         cures.tell_polars()
         if self.controller is not None:
             self.controller.limit(limits=threads)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """What the agent changed is not put back after the task."""
+        if self._baseline is not None:
+            self._baseline.adopt()
 
     def _unpickle(self, head: dict[str, Any], parts: dict[str, Any]) -> tuple[Any, Any]:
         what = "dependency"
@@ -260,8 +304,11 @@ class Runner:
         return content
 
     def _send_result(self, channel: wire.Channel, content: bytes, used: dict[str, float]) -> None:
-        if len(content) <= INLINE_BYTES_MAX:
+        if len(content) <= INLINE_BYTES_MAX and "last" not in used:
             channel.send_packed(_result_frame(content, used))
+            return
+        if len(content) <= INLINE_BYTES_MAX:
+            channel.send({"t": "result", "len": len(content), "blob": False, **used}, content)
             return
         fd = sealed_memfd(content)
         try:
@@ -362,44 +409,6 @@ class Usage:
             "inblock": own.ru_inblock - before.ru_inblock + children.ru_inblock - below.ru_inblock,
             "oublock": own.ru_oublock - before.ru_oublock + children.ru_oublock - below.ru_oublock,
         }
-
-
-class Baseline:
-    """The state of a process which one task must not leave to the next."""
-
-    def __init__(self) -> None:
-        self._folder = os.getcwd()
-        self._environment = dict(os.environ._data)  # type: ignore[attr-defined]
-        self._umask = os.umask(0o022)
-        os.umask(self._umask)
-        self._handlers = list(map(_get_handler, _SIGNALS))
-
-    def restore(self) -> None:
-        if os.environ._data != self._environment:  # type: ignore[attr-defined]
-            self._restore_environment()
-        os.umask(self._umask)
-        signal.alarm(0)
-        if list(map(_get_handler, _SIGNALS)) != self._handlers:
-            self._restore_handlers()
-        try:
-            if os.getcwd() == self._folder:
-                return
-        except FileNotFoundError:
-            pass
-        os.chdir(self._folder)
-
-    def _restore_handlers(self) -> None:
-        for number, handler in zip(_SIGNALS, self._handlers, strict=True):
-            if _get_handler(number) is not handler and handler is not None:
-                signal.signal(number, handler)
-
-    def _restore_environment(self) -> None:
-        now = dict(os.environ._data)  # type: ignore[attr-defined]
-        for name in now.keys() - self._environment.keys():
-            del os.environb[name]
-        for name, value in self._environment.items():
-            if now.get(name) != value:
-                os.environb[name] = value
 
 
 def _result_frame(content: bytes, used: dict[str, float]) -> bytes:

@@ -240,6 +240,18 @@ def test_child_is_replaced_after_the_tasks_that_it_may_run() -> None:
     assert ended(machine.take(ev.LeftoversGone())) == []
 
 
+def test_child_that_says_it_ends_gets_no_other_attempt() -> None:
+    machine = Machine(cores=1, spec=REUSED)
+    machine.order(1, 2)
+    machine.ready()
+    machine.forked(1)
+    machine.take(ev.ChildStarted(1))
+    effects = machine.take(ev.ChildAnswered(1, ONE, ends=True))
+    assert [type(e).__name__ for e in effects] == ["ReportEnd"]
+    exits = machine.take(ev.ChildExited(1, CLEAN)) + machine.take(ev.LeftoversGone())
+    assert "ForkChildren" in [type(e).__name__ for e in [*effects, *exits]]
+
+
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 
