@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from herder_coordinator.core import events
-from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
+from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import (
     AckAttempts,
@@ -78,6 +78,7 @@ class Agent:
         self.life = 0
         self.heard_s = self.world.now_s
         self.jobs: dict[JobId, JobBrief] = {}
+        self.demoted: set[WorkloadKey] = set()
         self.functions: set[BlobId] = set()
 
     def kill(self, down_s: float) -> None:
@@ -227,6 +228,9 @@ class Agent:
         self.heard_s = self.world.now_s
         for brief in message.jobs:
             self.jobs[brief.job] = brief
+        self.demoted.update(spec.key for spec in message.workloads if spec.demoted)
+        if any(spec.key in self.demoted and not spec.demoted for spec in message.workloads):
+            raise Violation("a workload that was demoted is to be forked again")
         self.functions.update(function.id for function in message.functions)
         for start in message.attempts:
             if start.attempt in self.accepted:
@@ -293,7 +297,7 @@ class Agent:
         usage = Usage(
             node=self.facts.node,
             attempt=run.start.ordinal,
-            start_method="fresh" if run.start.start else "fork",
+            start_method="fresh" if run.start.start or run.brief.workload in self.demoted else "fork",
             wall_s=self.faults.task_s,
             core_s=self.faults.task_s * run.brief.options.cores,
         )
