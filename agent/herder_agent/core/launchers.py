@@ -19,6 +19,7 @@ from herder_agent.core.effects import (
     Effect,
     ForkChildren,
     Grant,
+    LookAtTemplate,
     Observe,
     ReportStarted,
     ReportWorkload,
@@ -346,6 +347,14 @@ def decided(state: State, workload: Workload, method: str, effects: list[Effect]
     effects.append(ReportWorkload(report_of(workload)))
 
 
+def note_unsafe(workload: Workload, reason: str, effects: list[Effect]) -> None:
+    """Count each rule that forbade forking; say why in words once."""
+    rules = dict.fromkeys(f.rule for step in workload.steps for f in step.findings if f.verdict == "unsafe")
+    for rule in rules or ("unknown",):
+        effects.append(Observe("fork_unsafe", rule, text=reason))
+        reason = ""
+
+
 def start_failed(  # noqa: PLR0917
     state: State, workload: Workload, cause: Cause, message: str, traceback: str, now_s: float, effects: list[Effect]
 ) -> None:
@@ -354,7 +363,7 @@ def start_failed(  # noqa: PLR0917
     workload.error = message
     effects.append(Observe("template_failed", cause.value))
     if cause is Cause.FORK_UNSAFE:
-        effects.append(Observe("fork_unsafe", message))
+        note_unsafe(workload, message, effects)
     if cause is not Cause.FORK_UNSAFE and workload.tries < TEMPLATE_TRIES_MAX:
         return
     refusal = Refusal(cause, message, traceback, now_s + REFUSAL_S)
@@ -401,6 +410,8 @@ def look_whether_idle(state: State, workload: Workload, now_s: float, effects: l
             effects.append(ReportWorkload(report_of(workload)))
         workload.watched = False
         return
+    if template is not None and template.state is TemplateState.READY:
+        effects.append(LookAtTemplate(template.id))
     wait_s = IDLE_CHILD_S - unused_s if unused_s < IDLE_CHILD_S else IDLE_TEMPLATE_S - unused_s
     add_deadline(state, now_s + max(wait_s, 1.0), "idle", workload.spec.key)
 
@@ -411,7 +422,17 @@ def report_of(workload: Workload) -> WorkloadReport:
     infos: tuple[TemplateInfo, ...] = ()
     if template is not None:
         words = _STATE_WORDS[template.state]
-        infos = (TemplateInfo(words, template.pid, template.start_s, template.rss_bytes, template.children),)
+        infos = (
+            TemplateInfo(
+                words,
+                template.pid,
+                template.start_s,
+                template.rss_bytes,
+                template.children,
+                template.shared_bytes,
+                template.private_bytes,
+            ),
+        )
     return WorkloadReport(
         key=workload.spec.key,
         name=workload.spec.name,
@@ -424,6 +445,8 @@ def report_of(workload: Workload) -> WorkloadReport:
         fresh_start_s=_median(workload, "fresh"),
         error=workload.error,
         python=workload.python,
+        demoted=workload.demoted,
+        notes=(*workload.own_notes, *(workload.node_notes if workload.method == "fork" else ())),
     )
 
 

@@ -26,6 +26,7 @@ from herder_agent.launch.forkserver import Template
 from herder_agent.launch.poller import Poller
 from herder_agent.runtime.blobs import BlobStore
 from herder_agent.runtime.memory import MemoryWatch
+from herder_agent.runtime.oracle import Watchdog
 from herder_agent.runtime.reap import anon_bytes, oom_kills
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.ids import BlobId
@@ -67,6 +68,8 @@ class Children:
         store: BlobStore,
         dispatch: Callable[[events.Event], None],
         is_crowded: Callable[[], bool],
+        *,
+        is_busy: Callable[[int], bool],
     ) -> None:
         self._loop = loop
         self._poller = poller
@@ -76,6 +79,7 @@ class Children:
         self._children: dict[int, Child] = {}
         self._expected: dict[int, _Expected] = {}
         self._memory = MemoryWatch(loop, lambda number, size: dispatch(events.MemorySeen(number, size)))
+        self._watchdog = Watchdog(loop, is_busy, dispatch)
         self._attach: list[Child] = []
         self._attach_timer: asyncio.TimerHandle | None = None
         #: Events that wait for an answer which is being stored.
@@ -220,6 +224,7 @@ class Children:
         """Let go of all."""
         self._is_closed = True
         self._memory.close()
+        self._watchdog.close()
         if self._attach_timer is not None:
             self._attach_timer.cancel()
         for child in list(self._children.values()):
@@ -369,6 +374,8 @@ class Children:
         for child in young:
             if self._children.get(child.number) is child:
                 child.attach_output()
+                if child.is_watched:
+                    self._watchdog.add(child)
 
 
 def _with_result(answer: Answer, result: Payload) -> Answer:

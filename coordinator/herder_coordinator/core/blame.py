@@ -58,7 +58,9 @@ def verdict(evidence: list[Evidence]) -> str:
     if sum(one.weight for one in evidence) < WEIGHT_LIMIT:
         return ""
     counts = {cause: sum(one.cause is cause for one in evidence) for cause in _WORDS}
-    seen = " and ".join(f"{count} forked {_WORDS[cause]}" for cause, count in counts.items() if count)
+    seen = " and ".join(
+        f"{count} forked child{'ren' * (count > 1)} {_WORDS[cause]}" for cause, count in counts.items() if count
+    )
     return f"{seen} where fresh interpreters did not: its tasks are given fresh interpreters from now on"
 
 

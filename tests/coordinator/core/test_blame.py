@@ -58,7 +58,7 @@ def test_two_signals_of_different_tasks_demote(lab: Lab) -> None:
     survived(lab, 0)
     assert not demoted(lab)
     survived(lab, 1)
-    assert demoted(lab).startswith("2 forked died of a signal")
+    assert demoted(lab).startswith("2 forked children died of a signal")
     counted = [one for one in lab.observed if one.kind == "workload_demoted"]
     assert [dict(one.labels)["reason"] for one in counted] == ["signal"]
 
@@ -164,5 +164,5 @@ def test_suspicion_and_verdict_outlive_the_coordinator(lab: Lab, by_snapshot: bo
 def test_the_verdict_counts_what_was_seen() -> None:
     deadlock, signal = Evidence(1, 2, Cause.DEADLOCK), Evidence(2, 1, Cause.SIGNAL)
     assert blame.verdict([]) == blame.verdict([signal]) == ""
-    assert blame.verdict([deadlock, signal, signal]).startswith("1 forked deadlocked")
-    assert " and 2 forked died of a signal " in blame.verdict([deadlock, signal, signal])
+    assert blame.verdict([deadlock, signal, signal]).startswith("1 forked child deadlocked")
+    assert " and 2 forked children died of a signal " in blame.verdict([deadlock, signal, signal])
