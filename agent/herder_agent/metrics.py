@@ -68,11 +68,6 @@ class Counts:
             ["reason"],
             registry=self.registry,
         )
-        self._demoted = Counter(
-            "herder_workloads_demoted",
-            "Workloads that are not forked any more, as forked children died where fresh ones lived.",
-            registry=self.registry,
-        )
         self._by_method = {method: self._starts.labels(method) for method in ("fork", "fresh", "command")}
         self._reasons: set[str] = set()
 
@@ -91,9 +86,7 @@ class Counts:
                 self._hung.labels(effect.label).inc()
             case "template_replaced":
                 self._replaced.labels(effect.label).inc()
-            case "demoted":
-                self._demoted.inc()
-            case "oracle_off":
+            case "demoted" | "oracle_off":
                 pass
             case _:
                 raise AssertionError(effect.kind)

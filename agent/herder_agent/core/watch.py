@@ -46,13 +46,14 @@ REPLACED_WITHIN_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """One look at a process. `waits` and `is_alone` come with a thorough one only."""
+    """One look at a process. `waits` comes with a thorough one only, `is_alone` where `Watch.is_old`."""
 
     cpu_ticks: int
     #: Its main thread sleeps, interruptibly.
     is_asleep: bool
     #: How often each thread has been switched, by its id, if all of them wait for what only another could give.
     waits: tuple[tuple[int, int], ...] | None = None
+    #: It has no processes of its own, for which it might wait.
     is_alone: bool = False
 
 
@@ -91,10 +92,13 @@ class Watch:
             return Next(0.0, is_thorough=True)
         return self._take_thorough(sight, now_s)
 
+    def is_old(self, now_s: float) -> bool:
+        """It has used no CPU time for so long that it may have stalled."""
+        return now_s - self.since_s >= STALL_S
+
     def _take_thorough(self, sight: Sight, now_s: float) -> Next:
         if sight.waits is None or (self.polls and sight.waits != self.waits):
-            is_stalled = sight.is_alone and now_s - self.since_s >= STALL_S
-            return Next(LOOK_S_MAX, hung="stall") if is_stalled else self._later()
+            return Next(LOOK_S_MAX, hung="stall") if sight.is_alone and self.is_old(now_s) else self._later()
         self.waits = sight.waits
         self.polls += 1
         if self.polls >= POLLS:

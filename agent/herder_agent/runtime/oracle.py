@@ -1,14 +1,15 @@
 """Looks at children that run for longer, and tells of those that cannot go on. core/watch.py decides; this reads /proc.
 
-A task that ends within the first tenth of a second costs nothing here. A look is one read (some 15 µs); a thorough one
+A task that ends within the first tenth of a second costs nothing here. A look is one read (some 20 µs); a thorough one
 reads a file or two a thread, but only until the first thread that does not wait for a lock. Looks come later and later
-while a child goes on, and no more of them than `_SHARE` of a core allows.
+while a child goes on, and what they cost is measured and kept below `_SHARE` of a core.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from herder_agent.launch.child import Child
 from herder_agent.runtime.reap import anon_bytes, descendants, shared_bytes
 from herder_agent.template.canary import is_deadlocked
 
-_COST_S = 25e-6
 _SHARE = 0.01
 
 
@@ -43,6 +43,8 @@ class Watchdog:
         self._watched: dict[int, _Watched] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
+        #: No look before this time.
+        self._rest_until_s = 0.0
         #: Whether the kernel lets us see; None until it was tried.
         self._can_see: bool | None = None
 
@@ -64,7 +66,7 @@ class Watchdog:
     def _set_timer(self, now_s: float) -> None:
         if not self._watched:
             return
-        due_s = max(min(each.due_s for each in self._watched.values()), now_s)
+        due_s = max(min(each.due_s for each in self._watched.values()), now_s, self._rest_until_s)
         if self._timer is not None:
             if self._timer_s <= due_s:
                 return
@@ -74,30 +76,30 @@ class Watchdog:
 
     def _look_at_all(self) -> None:
         self._timer = None
-        now_s = self._loop.time()
-        least_s = len(self._watched) * _COST_S / _SHARE
+        now_s, before_s = self._loop.time(), time.thread_time()
         for number, each in list(self._watched.items()):
             if not self._is_busy(number):
                 del self._watched[number]
             elif each.due_s <= now_s + 1e-3:
-                self._look(each, now_s, least_s)
+                self._look(each, now_s)
+        self._rest_until_s = now_s + (time.thread_time() - before_s) / _SHARE
         self._set_timer(now_s)
 
-    def _look(self, each: _Watched, now_s: float, least_s: float) -> None:
+    def _look(self, each: _Watched, now_s: float) -> None:
         number, pid = each.child.number, each.child.pid
         if each.is_thorough and self._can_see is None:
             self._try_to_see(pid)
-        sight = look(pid, is_thorough=each.is_thorough)
+        sight = look(pid, is_thorough=each.is_thorough, asks_alone=each.watch.is_old(now_s))
         if sight is None:
             del self._watched[number]
             return
         following = each.watch.take(sight, now_s)
         if following.is_thorough and not following.wait_s:
             each.is_thorough = True
-            self._look(each, now_s, least_s)
+            self._look(each, now_s)
             return
         each.is_thorough = following.is_thorough
-        each.due_s = now_s + (following.wait_s if following.is_thorough else max(following.wait_s, least_s))
+        each.due_s = now_s + following.wait_s
         if following.hung:
             self._tell(ChildHung(number, following.hung))
 
@@ -116,8 +118,8 @@ class Watchdog:
             self._can_see = True
 
 
-def look(pid: int, *, is_thorough: bool) -> Sight | None:
-    """What the process does now; None when it is gone."""
+def look(pid: int, *, is_thorough: bool, asks_alone: bool = False) -> Sight | None:
+    """What the process does now; None when it is gone. `asks_alone`: also whether it has no processes of its own."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # After the name, which may hold anything: proc_pid_stat(5), fields 3 (state), 14 and 15 (CPU time).
@@ -126,7 +128,7 @@ def look(pid: int, *, is_thorough: bool) -> Sight | None:
         if not is_thorough:
             return Sight(ticks, is_asleep)
         waits = _switches(pid) if is_asleep and is_deadlocked(pid) else None
-        return Sight(ticks, is_asleep, waits, is_alone=not descendants(pid))
+        return Sight(ticks, is_asleep, waits, is_alone=asks_alone and not descendants(pid))
     except (OSError, IndexError, StopIteration):
         return None
 
