@@ -201,6 +201,10 @@ class AgentLoop:
         child = self.state.children.get(number)
         return child is not None and child.attempt is not None
 
+    def _is_demoted(self, number: int) -> bool:
+        child = self.state.children.get(number)
+        return child is not None and bool(child.pool.workload.demoted)
+
     def is_crowded(self) -> bool:
         """So much waits for acknowledgement that further results belong on disk."""
         return self._held_bytes > _HELD_BYTES_MAX
@@ -479,7 +483,7 @@ class AgentLoop:
             child.function = ""
             self.children.cannot_start(child, str(error))
             return
-        child.is_watched = child.kind == "fork" or start.start == "fresh"
+        child.is_watched = child.kind == "fork" or start.start == "fresh" or self._is_demoted(child.number)
         scratch = child.scratch = f"{self._scratch}/{start.attempt}"
         head: dict[str, object] = {
             "t": "task",
