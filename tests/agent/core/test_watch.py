@@ -384,3 +384,11 @@ def test_what_forbids_a_fork_is_counted_by_rule_and_told_in_words() -> None:
     assert [(one.label, one.text) for one in machine.told("fork_unsafe")] == [
         ("R2", "after 'setup': a thread of a pool")
     ]
+
+
+def test_an_order_that_the_verdict_overtook_does_not_undo_it() -> None:
+    machine = Machine(DEMOTED)
+    machine.order(1)
+    machine.order(2, spec=WorkloadSpec(KEY))
+    assert report_of(machine.state.workloads[KEY]).demoted == DEMOTED.demoted
+    assert [e.workload for e in machine.effects if isinstance(e, fx.StartTemplate)] == [None]
