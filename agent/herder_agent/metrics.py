@@ -27,7 +27,7 @@ from herder_shared.limits import WORKLOAD_LABELS_MAX
 
 _TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _START_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 64)
-#: Findings are sentences; what counts here is the rule, which they begin with.
+#: Rules are few and short; the template runs the user's code, so that what it says is not believed to be.
 _REASON_CHARS_MAX = 60
 _REASONS_MAX = 50
 
@@ -46,7 +46,7 @@ class Counts:
         )
         self._unsafe = Counter(
             "herder_fork_unsafe",
-            "Templates whose audit or canary forbade forking, by what was found.",
+            "Rules by which an audit or a canary forbade forking.",
             ["reason"],
             registry=self.registry,
         )
@@ -55,6 +55,18 @@ class Counts:
         )
         self._crashes = Counter(
             "herder_child_crashes", "Children that ended without an answer.", ["start_method"], registry=self.registry
+        )
+        self._hung = Counter(
+            "herder_children_hung",
+            "Children that were killed because they could not go on.",
+            ["start_method"],
+            registry=self.registry,
+        )
+        self._replaced = Counter(
+            "herder_templates_replaced",
+            "Templates that were replaced as they had changed, or their children hung.",
+            ["reason"],
+            registry=self.registry,
         )
         self._by_method = {method: self._starts.labels(method) for method in ("fork", "fresh", "command")}
         self._reasons: set[str] = set()
@@ -70,6 +82,12 @@ class Counts:
                 self._failed.labels(effect.label).inc()
             case "crash":
                 self._crashes.labels(effect.label).inc()
+            case "hung":
+                self._hung.labels(effect.label).inc()
+            case "template_replaced":
+                self._replaced.labels(effect.label).inc()
+            case "demoted" | "oracle_off":
+                pass
             case _:
                 raise AssertionError(effect.kind)
 

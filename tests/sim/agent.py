@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from herder_coordinator.core import events
-from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
+from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import (
     AckAttempts,
@@ -78,6 +78,7 @@ class Agent:
         self.life = 0
         self.heard_s = self.world.now_s
         self.jobs: dict[JobId, JobBrief] = {}
+        self.demoted: set[WorkloadKey] = set()
         self.functions: set[BlobId] = set()
 
     def kill(self, down_s: float) -> None:
@@ -227,6 +228,8 @@ class Agent:
         self.heard_s = self.world.now_s
         for brief in message.jobs:
             self.jobs[brief.job] = brief
+        # A verdict may overtake an order that was made before it and had to be durable first: it holds all the same.
+        self.demoted.update(spec.key for spec in message.workloads if spec.demoted)
         self.functions.update(function.id for function in message.functions)
         for start in message.attempts:
             if start.attempt in self.accepted:
@@ -270,6 +273,9 @@ class Agent:
 
     def _fate(self, run: Run) -> tuple[Outcome, Failure | None]:
         draw = self.world.random.random()
+        if self._method(run) == "fork" and self.world.chance(self.faults.fork_deaths):
+            cause = Cause.DEADLOCK if self.world.chance(0.5) else Cause.SIGNAL
+            return Outcome.CRASHED, Failure(cause=cause, message="of the fork", signal=9)
         if draw < self.faults.exceptions:
             return Outcome.FAILED, Failure(cause=Cause.EXCEPTION, message="boom")
         if draw < self.faults.exceptions + self.faults.signals:
@@ -277,6 +283,9 @@ class Agent:
         if draw < self.faults.exceptions + self.faults.signals + self.faults.templates:
             return Outcome.LOST, Failure(cause=Cause.TEMPLATE_LOST, message="the template died")
         return Outcome.SUCCEEDED, None
+
+    def _method(self, run: Run) -> str:
+        return "fresh" if run.start.start or run.brief.workload in self.demoted else "fork"
 
     def _ended(self, incarnation: Incarnation, run: Run, outcome: Outcome, failure: Failure | None) -> None:
         attempt = run.start.attempt
@@ -293,7 +302,7 @@ class Agent:
         usage = Usage(
             node=self.facts.node,
             attempt=run.start.ordinal,
-            start_method="fresh" if run.start.start else "fork",
+            start_method=self._method(run),
             wall_s=self.faults.task_s,
             core_s=self.faults.task_s * run.brief.options.cores,
         )

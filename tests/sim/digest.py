@@ -27,6 +27,7 @@ def digest(state: State) -> dict[str, Any]:
                         task.ordinal,
                         task.node.name if task.node is not None else None,
                         (task.failures, task.crashes, task.killed_on, task.avoid, task.fresh, task.reran),
+                        task.suspect,
                         (task.cancel, task.cancel_pending),
                         task.values,
                     )
@@ -40,6 +41,7 @@ def digest(state: State) -> dict[str, Any]:
             node.name: (node.incarnation, sorted(node.attempts)) for node in state.nodes.values() if node.attempts
         },
         "drained": list(state.drained),
+        "demoted": {key: kept.demoted for key, kept in state.workloads.items() if kept.demoted and kept.jobs},
         "blobs": _blobs(state),
         "functions": sorted(state.functions),
         "summaries": [(info.job, info.tasks, info.outcomes) for info in state.summaries.values()],

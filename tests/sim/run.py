@@ -43,6 +43,7 @@ class Faults:
     exceptions: float
     signals: float
     templates: float
+    fork_deaths: float
     cut_off: frozenset[str] = frozenset()
 
     def is_cut_off(self, node: str) -> bool:
@@ -77,6 +78,7 @@ class Faults:
             exceptions=rate(0.2),
             signals=rate(0.2),
             templates=rate(0.1),
+            fork_deaths=rate(0.5),
         )
 
     def end(self) -> None:

@@ -191,6 +191,8 @@ def conclude(attempt: Attempt) -> tuple[Outcome, Failure | None]:
     """How an attempt ended that had a child: what we did to it comes first, then what it said, then how it died."""
     if attempt.ending is not None:
         return attempt.ending, _ended_by_us(attempt)
+    if attempt.hung and attempt.answer is None and not attempt.template_lost:
+        return Outcome.CRASHED, _hung(attempt)
     if attempt.answer is not None:
         failure = attempt.answer.failure
         if failure is not None and attempt.answer.limit_hit:
@@ -223,6 +225,16 @@ def _over_limit(attempt: Attempt) -> Failure:
     limit = attempt.options.memory_bytes
     message = f"used {attempt.peak_bytes} bytes of memory, its limit is {limit}"
     return Failure(Cause.OUT_OF_MEMORY, message, limit_bytes=limit, stderr_tail=attempt.stderr_tail)
+
+
+def _hung(attempt: Attempt) -> Failure:
+    is_forked = attempt.method == "fork"
+    if attempt.hung == "deadlock":
+        message = f"deadlocked{' after fork' * is_forked}: every thread waits for a lock that no thread holds"
+    else:
+        message = "hung before its code began, without using any CPU time"
+    cure = "; use start='fresh'" if is_forked else ""
+    return Failure(Cause.DEADLOCK, message + cure, signal=signal.SIGKILL, stderr_tail=attempt.stderr_tail)
 
 
 def _by_exit(attempt: Attempt, status: int, oom_seen: bool) -> tuple[Outcome, Failure | None]:

@@ -38,6 +38,13 @@ class DropValue:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAtTemplate:
+    """See how much memory and how many threads it has: `TemplateSeen`."""
+
+    template: int
+
+
+@dataclass(frozen=True, slots=True)
 class ForkChildren:
     template: int
     children: tuple[int, ...]
@@ -154,17 +161,20 @@ class ReportWorkload:
 
 @dataclass(frozen=True, slots=True)
 class Observe:
-    """Count something; the shell decides nothing by it. `kind`: task_start | fork_unsafe | template_failed | crash."""
+    """Count something, or log `text`; the shell decides nothing by it. `kind`: task_start | fork_unsafe |
+    template_failed | crash | hung | oracle_off | template_replaced | demoted."""
 
     kind: str
     label: str = ""
     value: float = 1.0
+    text: str = ""
 
 
 Effect = (
     StartTemplate
     | StopTemplate
     | DropValue
+    | LookAtTemplate
     | ForkChildren
     | SpawnFresh
     | SpawnCommand

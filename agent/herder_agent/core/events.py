@@ -169,6 +169,31 @@ class TemplateExited:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateSeen:
+    """What a look at a template saw: memory of files, memfds and shared; its own; and threads."""
+
+    template: int
+    threads: int
+    shared_bytes: int
+    private_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OracleDenied:
+    """The kernel does not tell here in which system call a thread is."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildHung:
+    """Its process cannot go on (`how` "deadlock": proved), or has done nothing for too long ("stall")."""
+
+    child: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChildForked:
     child: int
     pid: int
@@ -268,6 +293,9 @@ Event = (
     | TemplateReady
     | TemplateFailed
     | TemplateExited
+    | TemplateSeen
+    | OracleDenied
+    | ChildHung
     | ChildForked
     | ChildForkFailed
     | ChildIdle

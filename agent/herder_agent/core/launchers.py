@@ -20,6 +20,7 @@ from herder_agent.core.effects import (
     Effect,
     ForkChildren,
     Grant,
+    LookAtTemplate,
     Observe,
     ReportStarted,
     ReportWorkload,
@@ -359,6 +360,14 @@ def decided(state: State, workload: Workload, method: str, effects: list[Effect]
     effects.append(ReportWorkload(report_of(workload)))
 
 
+def note_unsafe(workload: Workload, reason: str, effects: list[Effect]) -> None:
+    """Count each rule that forbade forking; say why in words once."""
+    rules = dict.fromkeys(f.rule for step in workload.steps for f in step.findings if f.verdict == "unsafe")
+    for rule in rules or ("unknown",):
+        effects.append(Observe("fork_unsafe", rule, text=reason))
+        reason = ""
+
+
 def start_failed(  # noqa: PLR0917
     state: State, workload: Workload, cause: Cause, message: str, traceback: str, now_s: float, effects: list[Effect]
 ) -> None:
@@ -367,7 +376,7 @@ def start_failed(  # noqa: PLR0917
     workload.error = message
     effects.append(Observe("template_failed", cause.value))
     if cause is Cause.FORK_UNSAFE:
-        effects.append(Observe("fork_unsafe", message))
+        note_unsafe(workload, message, effects)
     if cause is not Cause.FORK_UNSAFE and workload.tries < TEMPLATE_TRIES_MAX:
         return
     refusal = Refusal(cause, message, traceback, now_s + REFUSAL_S)
@@ -415,8 +424,16 @@ def look_whether_idle(state: State, workload: Workload, now_s: float, effects: l
             effects.append(ReportWorkload(report_of(workload)))
         workload.watched = False
         return
+    if template is not None and template.state is TemplateState.READY:
+        effects.append(LookAtTemplate(template.id))
     wait_s = IDLE_CHILD_S - unused_s if unused_s < IDLE_CHILD_S else IDLE_TEMPLATE_S - unused_s
     add_deadline(state, now_s + max(wait_s, 1.0), "idle", workload.spec.key)
+
+
+def notes_of(workload: Workload) -> tuple[str, ...]:
+    """What the user may want to know: of the template, of setup's value, of what was learned, of the node."""
+    of_node = workload.node_notes if workload.method == "fork" else []
+    return (*workload.notes, *values.notes(workload), *workload.own_notes, *of_node)
 
 
 def report_of(workload: Workload) -> WorkloadReport:
@@ -451,7 +468,8 @@ def report_of(workload: Workload) -> WorkloadReport:
         python=workload.python,
         setup_mode=values.setup_mode(workload),
         setup_s=workload.setup_s,
-        notes=(*workload.notes, *values.notes(workload)),
+        demoted=workload.demoted,
+        notes=notes_of(workload),
         immortal_objects=workload.immortal_objects,
         immortal_off=workload.immortal_off,
     )

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from herder_agent.core.account import Account
 from herder_agent.core.demand import Demand
-from herder_agent.core.events import Answer, Exit
+from herder_agent.core.events import Answer, Exit, TemplateSeen
 from herder_agent.core.slots import Place, Request, Slot, Slots
 from herder_shared.ids import AttemptId, BlobId, JobId, NodeName, WorkloadKey
 from herder_shared.limits import STDERR_TAIL_BYTES
@@ -88,6 +88,8 @@ class Attempt:
     logs: Logs | None = None
     #: Why we are ending it, if we are.
     ending: Outcome | None = None
+    #: It was found unable to go on, and is being killed: "deadlock", proved, or "stall", before its code began.
+    hung: str = ""
     #: Not wanted any more: its end is not reported.
     dropped: bool = False
     #: Its template died under it.
@@ -173,8 +175,12 @@ class Template:
     start_s: float = 0.0
     rss_bytes: int = 0
     children: int = 0
+    #: As it was seen first, after its seal; and as seen last: memory shared (files, memfds), and its own.
+    sealed: TemplateSeen | None = None
     shared_bytes: int = 0
     private_bytes: int = 0
+    #: Children of it that hung.
+    hung: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -262,6 +268,12 @@ class Workload:
     publisher: Template | None = None
     #: Tasks whose child had run setup before, for another task.
     reused: int = 0
+    #: Why it is not forked any more; "" otherwise.
+    demoted: str = ""
+    #: When its template was replaced; what is to be said of that; and of the node, by the state's own list.
+    replaced_s: list[float] = field(default_factory=list)
+    own_notes: list[str] = field(default_factory=list)
+    node_notes: list[str] = field(default_factory=list)
 
     @property
     def has_setup(self) -> bool:
@@ -307,6 +319,10 @@ class State:
     #: Ends whose result the coordinator does not have yet.
     uploading: dict[BlobId, list[AttemptId]] = field(default_factory=dict)
     templates: dict[int, Template] = field(default_factory=dict)
+    #: Templates that fork no more and wait for their last children to end.
+    retiring: dict[int, Template] = field(default_factory=dict)
+    #: What users of every workload that forks here should know.
+    notes: list[str] = field(default_factory=list)
     spawner: Template | None = None
     spawner_failures: int = 0
     spawner_retry_s: float = 0.0

@@ -10,7 +10,7 @@ import signal
 from heapq import heappop
 from typing import assert_never
 
-from herder_agent.core import launchers, values
+from herder_agent.core import launchers, values, watch
 from herder_agent.core.attempts import (
     EXIT_GRACE_S,
     accept,
@@ -47,6 +47,7 @@ from herder_agent.core.events import (
     ChildExited,
     ChildForked,
     ChildForkFailed,
+    ChildHung,
     ChildIdle,
     ChildSetupFailed,
     ChildStarted,
@@ -56,9 +57,11 @@ from herder_agent.core.events import (
     JobsForgotten,
     LeftoversGone,
     MemorySeen,
+    OracleDenied,
     TemplateExited,
     TemplateFailed,
     TemplateReady,
+    TemplateSeen,
     TemplateStepped,
     Ticked,
     WorkWaitingHeard,
@@ -82,6 +85,8 @@ def step(state: State, event: Event, now_s: float) -> list[Effect]:
         touched, state.touched = state.touched, []
         for pool in touched:
             launchers.settle(state, pool, now_s, effects)
+    if state.retiring:
+        watch.settle(state, effects)
     return effects
 
 
@@ -119,6 +124,12 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
             state.account.work_waiting = event.waiting
         case MemorySeen():
             _memory_seen(state, event, effects)
+        case ChildHung():
+            watch.child_hung(state, event, now_s, effects)
+        case TemplateSeen():
+            watch.template_seen(state, event, now_s, effects)
+        case OracleDenied():
+            watch.oracle_denied(state, event, effects)
         case BlobsArrived():
             _blobs_arrived(state, event, now_s, effects)
         case BlobsLost():
@@ -182,7 +193,9 @@ def _attempts_ordered(state: State, event: AttemptsOrdered, now_s: float, effect
         if spec.key not in state.workloads:
             method = "command" if spec.kind == "command" else "fresh" if spec.start == "fresh" else ""
             reason = "the workload asks for it" if method == "fresh" else ""
-            state.workloads[spec.key] = Workload(spec, method, reason)
+            state.workloads[spec.key] = Workload(spec, method, reason, node_notes=state.notes)
+        if spec.demoted:
+            watch.demote(state, state.workloads[spec.key], spec.demoted, effects)
     for job in event.jobs:
         state.jobs[job.job] = job
     state.blob_functions.update(event.blob_functions)
@@ -321,7 +334,7 @@ def _child_exited(state: State, event: ChildExited, now_s: float, effects: list[
 def _leave(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
     attempt.exited_s = now_s
     attempt.workload.used_s = now_s
-    if attempt.answer is None and attempt.ending is None and not attempt.is_command:
+    if attempt.answer is None and attempt.ending is None and not attempt.hung and not attempt.is_command:
         effects.append(Observe("crash", attempt.method))
     move(state, attempt, Phase.LEAVING)
     state.leaving[attempt.id] = attempt
@@ -442,7 +455,7 @@ def _template_ready(state: State, workload: Workload, event: TemplateReady, effe
         template.state = TemplateState.STOPPED
         workload.template = None
         effects.append(StopTemplate(template.id))
-        effects.append(Observe("fork_unsafe", event.reason))
+        launchers.note_unsafe(workload, event.reason, effects)
     launchers.decided(state, workload, event.start, effects)
 
 

@@ -127,6 +127,8 @@ class Child:
         self.function = ""
         #: Its last task's scratch folder, which is there only if the task asked for it.
         self.scratch = ""
+        #: Its task is one that a fork may have spoiled: it is looked at whether it goes on.
+        self.is_watched = kind == "fork"
         #: It runs more than one task.
         self.reuses = False
         #: It has said that it ends after this answer, whatever it could yet be given.

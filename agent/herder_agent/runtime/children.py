@@ -27,6 +27,7 @@ from herder_agent.launch.poller import Poller
 from herder_agent.runtime.blobs import BlobStore
 from herder_agent.runtime.cgroups import Groups, NoGroups
 from herder_agent.runtime.limits import BLOCK_BYTES, Limits
+from herder_agent.runtime.oracle import Watchdog
 from herder_agent.runtime.reap import anon_bytes
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.ids import BlobId
@@ -69,6 +70,8 @@ class Children:
         dispatch: Callable[[events.Event], None],
         is_crowded: Callable[[], bool],
         groups: Groups | None = None,
+        *,
+        is_busy: Callable[[int], bool],
     ) -> None:
         self._loop = loop
         self._poller = poller
@@ -78,6 +81,7 @@ class Children:
         self._children: dict[int, Child] = {}
         self._expected: dict[int, _Expected] = {}
         self.limits = Limits(loop, groups or NoGroups("none are asked for"), dispatch)
+        self._watchdog = Watchdog(loop, is_busy, dispatch)
         self._attach: list[Child] = []
         self._attach_timer: asyncio.TimerHandle | None = None
         #: Events that wait for an answer which is being stored.
@@ -228,6 +232,7 @@ class Children:
         """Let go of all."""
         self._is_closed = True
         self.limits.close()
+        self._watchdog.close()
         if self._attach_timer is not None:
             self._attach_timer.cancel()
         for child in list(self._children.values()):
@@ -385,6 +390,8 @@ class Children:
         for child in young:
             if self._children.get(child.number) is child:
                 child.attach_output()
+                if child.is_watched:
+                    self._watchdog.add(child)
 
 
 def _with_result(answer: Answer, result: Payload) -> Answer:

@@ -32,6 +32,7 @@ from herder_agent.runtime.children import Children
 from herder_agent.runtime.connection import Connection, size_of
 from herder_agent.runtime.environments import Environments
 from herder_agent.runtime.memory import TemplateWatch
+from herder_agent.runtime.oracle import see_template
 from herder_agent.runtime.reap import Reaper
 from herder_shared.errors import DataLost
 from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
@@ -55,6 +56,14 @@ _SWEEP_RETRY_S_MAX = 0.5
 _STUCK_S = 10.0
 #: Ends that the coordinator has not acknowledged: above it, results go to disk.
 _HELD_BYTES_MAX = 64 * MIB
+#: What the log says of that which the core observes.
+_TOLD = {
+    "fork_unsafe": "forking is not safe, fresh interpreters are used",
+    "hung": "killed, as it cannot go on",
+    "oracle_off": "the deadlock oracle is off",
+    "template_replaced": "a template is replaced",
+    "demoted": "fresh interpreters are used from now on",
+}
 #: How long stopping may take before what is left is killed without asking.
 _STOP_LIMIT_S = 3.0
 
@@ -96,7 +105,9 @@ class AgentLoop:
         self.poller = Poller(self.loop)
         self.groups = cgroups.probe(place.cgroup)
         _log.info("limits of attempts: %s", self.groups.reason)
-        self.children = Children(self.loop, self.poller, self.store, self.dispatch, self.is_crowded, self.groups)
+        self.children = Children(
+            self.loop, self.poller, self.store, self.dispatch, self.is_crowded, self.groups, is_busy=self._is_busy
+        )
         self.children.limits.pids = state.pids
         self._template_watch = TemplateWatch(self.loop)
         self._cloudpickle = host.offer_cloudpickle(place.state_dir)
@@ -162,8 +173,8 @@ class AgentLoop:
                 self._order(effect.template, {"t": "fork", "n": len(orders), "children": orders})
             case fx.Observe():
                 self.counts.observe(effect)
-                if effect.kind == "fork_unsafe":
-                    _log.warning("forking is not safe, fresh interpreters are used: %s", effect.label)
+                if effect.text:
+                    _log.warning("%s: %s", _TOLD[effect.kind], effect.text)
             case fx.SpawnFresh():
                 self._spawn_fresh(effect)
             case fx.SpawnCommand():
@@ -181,6 +192,8 @@ class AgentLoop:
                     template.stop()
             case fx.DropValue():
                 self._values.drop(effect.workload)
+            case fx.LookAtTemplate():
+                self._look_at_template(effect.template)
             case fx.FetchBlobs():
                 self.connection.fetch(effect.attempt, effect.blobs)
             case fx.ReleaseBlobs():
@@ -194,6 +207,14 @@ class AgentLoop:
             case fx.ReportWorkload():
                 self._workloads[effect.report.key] = effect.report
                 self._report_soon()
+
+    def _is_busy(self, number: int) -> bool:
+        child = self.state.children.get(number)
+        return child is not None and child.attempt is not None
+
+    def _is_demoted(self, number: int) -> bool:
+        child = self.state.children.get(number)
+        return child is not None and bool(child.pool.workload.demoted)
 
     def is_crowded(self) -> bool:
         """So much waits for acknowledgement that further results belong on disk."""
@@ -371,6 +392,7 @@ class AgentLoop:
                     notes=head.notes,
                 )
                 self.dispatch(ready)
+                self._look_at_template(number)
             case control.Failed():
                 self.dispatch(events.TemplateFailed(number, cause_of(head.cause), head.message, head.traceback))
             case control.Log():
@@ -393,6 +415,12 @@ class AgentLoop:
             _log.warning("%s", message)
         self.dispatch(events.TemplateExited(template.number, message))
         self.children.drop_all_of(template.number)
+
+    def _look_at_template(self, number: int) -> None:
+        template = self._templates.get(number)
+        seen = see_template(number, template.pid) if template is not None and template.pid else None
+        if seen is not None:
+            self.dispatch(seen)
 
     def template_pids(self) -> list[int]:
         """Processes of templates that run, for the account of their memory."""
@@ -517,6 +545,7 @@ class AgentLoop:
             child.function = ""
             self.children.cannot_start(child, str(error))
             return
+        child.is_watched = child.kind == "fork" or start.start == "fresh" or self._is_demoted(child.number)
         scratch = child.scratch = f"{self._scratch}/{start.attempt}"
         head: dict[str, object] = {
             "t": "task",

@@ -113,7 +113,8 @@ def workloads(steps: bool, profile: str | None, as_json: bool) -> None:
 
 def print_workloads(found: Iterable[WorkloadInfo]) -> None:
     """One line for each workload and node: what was chosen, and why."""
-    columns = ("workload", "asked", "node", "chosen", "fork point", ">fork", ">fresh", "why")
+    columns = ("workload", "asked", "node", "chosen", "fork point", ">fork", ">fresh", ">memory", "why")
+    found = list(found)
     rows = [
         (
             workload.name,
@@ -123,18 +124,45 @@ def print_workloads(found: Iterable[WorkloadInfo]) -> None:
             report.fork_point or "-",
             format_duration(report.fork_start_s),
             format_duration(report.fresh_start_s),
+            memory(report),
             why(report),
         )
         for workload in found
         for node, report in sorted(workload.reports.items())
     ]
     print_table(columns, rows, empty="no workload has been used yet")
+    for workload in found:
+        for node, report in sorted(workload.reports.items()):
+            for note in report.notes:
+                say(f"{workload.name} on {node}: {note}")
+
+
+def memory(report: WorkloadReport) -> str:
+    """What the templates have for themselves, and what they share with others."""
+    private, shared = (sum(getattr(t, f"{kind}_bytes") for t in report.templates) for kind in ("private", "shared"))
+    return f"{format_bytes(private)} + {format_bytes(shared)} shared" if private or shared else "-"
+
+
+def facts(report: WorkloadReport) -> list[str]:
+    """What else the node says of the workload, one sentence each."""
+    told = []
+    if report.demoted:
+        told.append(f"demoted: {report.demoted}")
+    if report.setup_mode:
+        took = f", setup took {format_duration(report.setup_s)}" if report.setup_s is not None else ""
+        told.append(f"setup's value: {report.setup_mode}{took}")
+    if report.immortal_objects or report.immortal_off:
+        off = f" ({report.immortal_off})" if report.immortal_off else ""
+        told.append(f"immortal objects: {report.immortal_objects:,}{off}")
+    if report.fork_cost_s is not None:
+        told.append(f"a bare fork of its template takes {format_duration(report.fork_cost_s)}")
+    return told
 
 
 def why(report: WorkloadReport) -> str:
     """Why this start method: the node's own words, or what its audit shows."""
-    if report.error or report.reason:
-        return report.error or report.reason
+    if report.error or report.demoted or report.reason:
+        return report.error or report.demoted or report.reason
     safe = sum(step.verdict == "safe" for step in report.steps)
     return f"{safe} of {len(report.steps)} steps are safe to fork after" if report.steps else ""
 
@@ -154,6 +182,8 @@ def print_audit(name: str, node: str, report: WorkloadReport) -> None:
     ]
     columns = ("step", ">took", ">memory", ">threads", "verdict", "findings")
     print_table(columns, rows, title=f"{name} on {node}", empty=f"{name} on {node}: no audit yet")
+    for fact in facts(report):
+        click.echo(f"  {fact}")
 
 
 @click.command()

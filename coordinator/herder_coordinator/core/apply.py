@@ -10,6 +10,8 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Sequence
 
+import msgspec
+
 from herder_coordinator.core import placement, records
 from herder_coordinator.core.lease import FORGET_S
 from herder_coordinator.core.state import (
@@ -28,9 +30,9 @@ from herder_coordinator.core.state import (
     TaskKey,
 )
 from herder_shared import limits
-from herder_shared.ids import AttemptId, BlobId, Incarnation, NodeName
+from herder_shared.ids import AttemptId, BlobId, Incarnation, NodeName, WorkloadKey
 from herder_shared.states import TASK_TRANSITIONS, AgentState, Outcome, TaskState
-from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem
+from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem, WorkloadSpec
 
 #: Bytes of acknowledged terminal records (their logs and values) that are kept for `herder logs` and late dependants.
 RECENT_BYTES_MAX = 64 * limits.MIB
@@ -132,6 +134,20 @@ def _bound_workloads(state: State) -> None:
     if len(state.workloads) >= WORKLOADS_KEPT_MAX:
         for key in [key for key, kept in state.workloads.items() if not kept.jobs][: WORKLOADS_KEPT_MAX // 10]:
             del state.workloads[key]
+
+
+def demote(state: State, key: WorkloadKey, reason: str) -> None:
+    """The workload is not forked any more. Forgotten with the workload, when no job of it is left."""
+    kept = state.workloads.get(key)
+    if kept is not None:
+        kept.demoted = reason
+        kept.evidence.clear()
+
+
+def told_spec(state: State, spec: WorkloadSpec) -> WorkloadSpec:
+    """The workload as agents are told of it: with the verdict, where there is one."""
+    kept = state.workloads.get(spec.key)
+    return msgspec.structs.replace(spec, demoted=kept.demoted) if kept is not None and kept.demoted else spec
 
 
 def abandon_job(state: State, job: Job, after_s: float = FORGET_S) -> None:
@@ -390,6 +406,7 @@ def retry(state: State, task: Task, account: records.Retry) -> None:
     task.avoid = account.avoid
     task.fresh = account.fresh
     task.reran = account.reran
+    task.suspect = account.suspect
     if account.backoff_s > 0:
         task.delay = state.next_number
         state.next_number += 1

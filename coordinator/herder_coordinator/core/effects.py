@@ -68,6 +68,7 @@ class Observe:
     task_retried     cause                       count
     attempt_lost     reason                      count
     fork_unsafe      reason (a cause)            count
+    workload_demoted workload, reason (a cause)  count
     queue_wait                                   `values`: pending to dispatch
     task_start       start_method                `values`: slot to the start of the user's code
     task_duration    workload                    `values`: the user's code

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from herder_coordinator.core import apply, placement, records
+from herder_coordinator.core import apply, blame, placement, records
 from herder_coordinator.core.lease import loss_backoff_s, task_backoff_s
 from herder_coordinator.core.state import NO_ATTEMPT, Job, Node, State, Task, TaskKey
 from herder_coordinator.core.turn import Turn
@@ -115,6 +115,7 @@ def account(
     avoid: tuple[NodeName, ...] | None = None,
     rerun: bool = False,
     backoff_s: float = 0.0,
+    suspect: Cause | None = None,
 ) -> records.Retry:
     """The task's account as it is, with these changes."""
     return records.Retry(
@@ -129,11 +130,13 @@ def account(
         fresh=rerun or task.fresh,
         reran=rerun or task.reran,
         backoff_s=backoff_s,
+        suspect=suspect or task.suspect,
     )
 
 
 def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> None:
     """The end of the task's newest attempt: is it the task's?"""
+    blame.note_end(turn, task, end)
     if end.outcome is Outcome.SUCCEEDED:
         _terminal(turn, task, end)
         return
@@ -182,7 +185,7 @@ def _after_loss(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure: Fa
 def _after_own_end(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure: Failure) -> records.Retry | None:
     options = task.job.spec.options
     if _deserves_rerun(task, end, failure):
-        return account(task, rerun=True)
+        return account(task, rerun=True, suspect=failure.cause)
     killed_on = task.killed_on
     if end.outcome in {Outcome.CRASHED, Outcome.OUT_OF_MEMORY} and node.name not in killed_on:
         killed_on = (*killed_on, node.name)

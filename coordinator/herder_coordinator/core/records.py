@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import msgspec
 
-from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName
+from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
+from herder_shared.states import Cause
 from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem
 
 
@@ -98,6 +99,8 @@ class Retry(_Part, frozen=True):
     fresh: bool = False
     reran: bool = False
     backoff_s: float = 0.0
+    #: The cause of the end for which the free rerun is granted, until the rerun has told whether the fork was to blame.
+    suspect: Cause | None = None
 
 
 class TasksRetried(_Record, frozen=True):
@@ -126,6 +129,13 @@ class JobForgotten(_Record, frozen=True):
 class DrainSet(_Record, frozen=True):
     node: NodeName
     on: bool
+
+
+class WorkloadDemoted(_Record, frozen=True):
+    """Forked children died where fresh ones lived: the workload is not forked any more."""
+
+    workload: WorkloadKey
+    reason: str
 
 
 class JobRestored(_Record, frozen=True):
@@ -196,6 +206,7 @@ Record = (
     | EventsAcked
     | JobForgotten
     | DrainSet
+    | WorkloadDemoted
     | JobRestored
     | TasksRestored
     | EndsRestored

@@ -52,6 +52,8 @@ def replay(state: State, record: records.Record) -> None:
             settle_loose(state)
         case records.DrainSet():
             apply.set_drain(state, record.node, record.on)
+        case records.WorkloadDemoted():
+            apply.demote(state, record.workload, record.reason)
         case _:
             _apply_restored(state, record)
 

@@ -29,6 +29,7 @@ def snapshot(state: State) -> list[Record]:
     for key, value in _values(state).items():
         out.append(records.DependencyKept(key[0], key[1], value))
     out += [records.DrainSet(name, on=True) for name in state.drained]
+    out += [records.WorkloadDemoted(key, kept.demoted) for key, kept in state.workloads.items() if kept.demoted]
     for job in state.jobs.values():
         out += _accounts(job)
     for node in state.nodes.values():

@@ -26,7 +26,7 @@ import msgspec
 
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
-from herder_shared.states import AgentState, Outcome, TaskState
+from herder_shared.states import AgentState, Cause, Outcome, TaskState
 from herder_shared.wire.messages import (
     Function,
     JobInfo,
@@ -116,6 +116,8 @@ class Task(msgspec.Struct, eq=False):
     avoid: tuple[NodeName, ...] = ()
     fresh: bool = False
     reran: bool = False
+    #: Why it was run again in a fresh interpreter, while that has not told whether the fork was to blame.
+    suspect: Cause | None = None
     #: Cancelled while it had an attempt (`cancel`), or not to be started again (`cancel_pending`).
     cancel: bool = False
     cancel_pending: bool = False
@@ -275,6 +277,19 @@ class KeptFunction:
 class KeptWorkload:
     spec: WorkloadSpec
     jobs: int = 0
+    #: Ends of its forked attempts so far; what of them speaks against forking it; the verdict (core/blame.py).
+    forked: int = 0
+    evidence: list[Evidence] = field(default_factory=list)
+    demoted: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A crash that only the fork explains: `at` is the workload's count of forked ends."""
+
+    at: int
+    weight: int
+    cause: Cause
 
 
 @dataclass(slots=True)

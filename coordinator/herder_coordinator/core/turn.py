@@ -285,7 +285,7 @@ def start_messages(
         spec = task.job.spec
         if spec.workload.key not in told_workloads:
             told_workloads.add(spec.workload.key)
-            workloads.append(spec.workload)
+            workloads.append(apply.told_spec(state, spec.workload))
         known = told_jobs.get(spec.job)
         if known is None:
             known = told_jobs[spec.job] = set()

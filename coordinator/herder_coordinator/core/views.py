@@ -122,6 +122,7 @@ def workloads(state: State) -> list[WorkloadInfo]:
             name=kept.spec.name,
             start=kept.spec.start,
             reports={node.name: node.reports[key] for node in state.nodes.values() if key in node.reports},
+            demoted=kept.demoted,
         )
         for key, kept in state.workloads.items()
     ]

@@ -114,6 +114,7 @@ class Metrics(Collector):
         self._lost: dict[str, float] = {}
         self._retried: dict[str, float] = {}
         self._fork_unsafe: dict[str, int] = {}
+        self._demoted: dict[str, float] = {}
         self._unsafe_seen: dict[tuple[str, str], frozenset[str]] = {}
         self._queue_wait = Histogram(TASK_BUCKETS)
         self._duration = Histogram(TASK_BUCKETS)
@@ -162,6 +163,9 @@ class Metrics(Collector):
             case "task_retried":
                 cause = self._label("cause", labels["cause"])
                 self._retried[cause] = self._retried.get(cause, 0.0) + observation.value
+            case "workload_demoted":
+                reason = self._label("reason", labels["reason"])
+                self._demoted[reason] = self._demoted.get(reason, 0.0) + observation.value
             case "queue_wait":
                 self._queue_wait.observe_all(observation.values)
             case "task_start":
@@ -289,6 +293,14 @@ class Metrics(Collector):
         for reason, count in self._fork_unsafe.items():
             unsafe.add_metric([reason], count)
         yield unsafe
+        demoted = CounterMetricFamily(
+            "herder_workloads_demoted",
+            "Workloads that are not forked any more, by how their last forked child died.",
+            labels=["reason"],
+        )
+        for reason, number in self._demoted.items():
+            demoted.add_metric([reason], number)
+        yield demoted
 
     def _collect_own(self) -> Iterator[Metric]:
         yield _histogram(

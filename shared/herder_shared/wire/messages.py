@@ -104,6 +104,8 @@ class WorkloadSpec(_Part, frozen=True):
     max_tasks_given: bool = False
     #: Processes and threads of one attempt; None = the node's own limit.
     pids: int | None = None
+    #: Set by the coordinator, and no part of the key: why `auto` forks no more, as forked children died of it.
+    demoted: str = ""
 
 
 class TaskOptions(_Part, frozen=True):
@@ -628,6 +630,8 @@ class WorkloadInfo(_Part, frozen=True):
     name: str
     start: str
     reports: dict[NodeName, WorkloadReport] = {}
+    #: Why it is given fresh interpreters on all nodes, although `auto` chose to fork it; "" otherwise.
+    demoted: str = ""
 
 
 class StatusInfo(_Part, frozen=True):

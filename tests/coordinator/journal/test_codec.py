@@ -31,6 +31,7 @@ ONE_OF_EACH: list[records.Record] = [
     records.EventsAcked(JOB, 5),
     records.JobForgotten(JOB),
     records.DrainSet(NodeName("n1"), on=True),
+    records.WorkloadDemoted(WorkloadKey("w1"), "two died"),
     records.JobRestored(Incarnation("client"), "me", SPEC, 5, closed=True),
     records.TasksRestored(JOB, 0, None, (None, TaskItem(Payload(b"args"))), "", b"\1\0"),
     records.EndsRestored(JOB, (END,)),

@@ -76,6 +76,13 @@ def test_an_audits_finding_counts_once_per_node_and_workload() -> None:
     assert read(metrics)["herder_fork_unsafe_total", (("reason", "threads"),)] == 2
 
 
+def test_demotions_count_by_cause() -> None:
+    metrics = new_metrics()
+    for cause in ("deadlock", "signal", "deadlock"):
+        metrics.observe(Observe("workload_demoted", (("workload", "w"), ("reason", cause))))
+    assert read(metrics)["herder_workloads_demoted_total", (("reason", "deadlock"),)] == 2
+
+
 def test_everything_of_the_public_list_is_exposed_and_linted(authority: Authority, tmp_path: Path, run: Run) -> None:
     async def go() -> None:
         async with (
