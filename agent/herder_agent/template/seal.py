@@ -10,13 +10,14 @@ immortal) comes before `gc.freeze`, what only moves pages after it.
 
 from __future__ import annotations
 
+import _socket
 import atexit
 import gc
 import os
 import signal
 import sys
 
-from . import child, hooks, system, task
+from . import child, hooks, pages, system, task, wire
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
@@ -37,6 +38,29 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
         folded = system.collapse_huge_pages()
         if folded:
             applied.append(f"{folded >> 20} MiB folded into huge pages")
+    applied += _prefault(plan)
+    return applied
+
+
+def _prefault(plan: child.Plan) -> list[str]:
+    """What each child would fault for comes with the fork, as far as a child's rehearsed life shows it."""
+    import os
+
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    parent = os.getpid()
+    ours.sendall(plan.rehearsal.frame)
+
+    def live(out: int) -> None:
+        child.rehearse_life(plan, parent, (theirs, out, null))
+
+    try:
+        applied = pages.settle(live)
+    finally:
+        ours.close()
+        theirs.close()
+        os.close(null)
+    plan.is_prefaulted = any("written" in l or "writes" in l for l in applied)
     return applied
 
 

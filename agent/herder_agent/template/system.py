@@ -13,7 +13,9 @@ import resource
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MADV_COLLAPSE = 25
+MADV_COLD = 20
 HUGE_PAGE_BYTES = 2 << 20
+SMALL_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 #: Size of glibc's `FILE` on 64-bit machines; its layout is part of the ABI. The first words are its flags and pointers.
 _STREAM_BYTES = 216
 #: Badness added to a child, so that it dies of memory pressure before its template and the agent.
@@ -28,6 +30,11 @@ _fflush = _libc.fflush
 _fflush.argtypes = (ctypes.c_void_p,)
 _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """A system call by its number; -1 where it fails."""
+    return int(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments)))
 
 
 def die_with(parent: int) -> None:
@@ -122,6 +129,30 @@ def mappings() -> list[Mapping]:
             path = fields[5].rstrip("\n") if len(fields) > 5 else ""
             found.append(Mapping(int(start, 16), int(end, 16), fields[1], path))
     return found
+
+
+def mappings_with_huge_pages() -> list[Mapping]:
+    """The mappings of which some anonymous part is a huge page now."""
+    found: list[Mapping] = []
+    at = ["", "", ""]
+    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            name, _, rest = line.partition(":")
+            if name == "AnonHugePages":
+                if int(rest.split()[0]):
+                    start, _, end = at[0].partition("-")
+                    found.append(Mapping(int(start, 16), int(end, 16), at[1], ""))
+            elif "-" in line[:17] and not line[0].isupper():
+                at = line.split(None, 2)
+    return found
+
+
+def split_huge_page(address: int) -> bool:
+    """Split the huge page around `address` into small ones, if it is one. False where the kernel cannot (before 5.4).
+
+    Advice about a part of a huge page splits it; that the part is cold means nothing without memory pressure."""
+    start = address // SMALL_PAGE_BYTES * SMALL_PAGE_BYTES
+    return bool(_madvise(start, SMALL_PAGE_BYTES, MADV_COLD) == 0)
 
 
 def collapse_huge_pages() -> int:
