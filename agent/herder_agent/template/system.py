@@ -23,9 +23,8 @@ CHILD_OOM_SCORE_ADJ = 500
 
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _libc = ctypes.CDLL(None, use_errno=True)
-_prctl = _libc.prctl
-_prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
-_prctl.restype = ctypes.c_int
+#: Without conversions, errno and the release of the interpreter's lock: a forked child pays for each in page faults.
+_prctl = ctypes.PyDLL(None).prctl
 _fflush = _libc.fflush
 _fflush.argtypes = (ctypes.c_void_p,)
 _madvise = _libc.madvise
@@ -39,14 +38,14 @@ def syscall(number: int, *arguments: int) -> int:
 
 def die_with(parent: int) -> None:
     """Ask to be killed when the thread that made this process ends; end now if that has already happened."""
-    _prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    _prctl(PR_SET_PDEATHSIG, 9)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def become_subreaper() -> None:
     """Orphans of this process's descendants become its children, and not the agent's or init's."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def set_limit(name: str, soft: int, hard: int) -> None:
