@@ -496,7 +496,15 @@ class AgentLoop:
             "limits": {},
             "quiet": effect.is_quiet,
         }
-        self.children.send_task(child, head, parts, files, is_limited=bool(options.memory_bytes), reuses=effect.reuses)
+        self.children.send_task(
+            child,
+            head,
+            parts,
+            files,
+            is_limited=bool(options.memory_bytes),
+            reuses=effect.reuses,
+            in_crowd=effect.in_crowd,
+        )
         for fd in files:
             os.close(fd)
 

@@ -136,7 +136,7 @@ class Template:
             else:
                 self._tell_fresh(reason)
             return None
-        report.applied = sealed
+        report.applied = sealed + seal.prefault(plan)
         self._tell_step("seal", seconds, report)
         reason = self._opening.get("reason", "")
         if rest:

@@ -1,15 +1,15 @@
 """Pages that every child writes to are copied as it is forked, and code that it runs is mapped then: it need not fault.
 
 Theory of operation. After a fork each page that parent or child writes to costs a fault and a copy; a task's child
-writes to some 330 pages that its template shares with it, and the template writes to 80 of them again. The kernel copies
-a page at once, in `fork`, where it is pinned for DMA (since Linux 5.10: a device may write to the parent's page, so
-the child must not share it). Registering a buffer with io_uring pins its pages and does nothing else. Which pages to pin
-is seen from a child that rehearses a whole life: at its end, those are the pages that it has for itself alone.
-Measured (Linux 6.18, virtual machine, 330 pages): 7 µs a page by faults, 4 µs in the fork, and none of it while a task
-waits.
+writes to some 330 pages that its template shares with it, and the template writes to 80 of them again. The kernel
+copies a page at once, in `fork`, where it is pinned for DMA (since Linux 5.10: a device may write to the parent's page,
+so the child must not share it). Registering a buffer with io_uring pins its pages and does nothing else. Which pages
+to pin is seen from a child that rehearses a whole life: at its end, those are the pages that it has for itself alone.
+A page costs about as much this way, in time of the template; but a child that waits for its task has paid already, and
+answers it in a third less time.
 
-Code and constants lie in private file mappings, whose page tables `fork` leaves out: each child maps them again, fault by
-fault. It copies them where one page of the mapping was ever written to; so one byte is written over itself.
+Code and constants lie in private file mappings, whose page tables `fork` leaves out: each child maps them again, fault
+by fault. It copies them where one page of the mapping was ever written to; so one byte is written over itself.
 
 Both are off where the kernel does not allow them (containers often forbid io_uring): children then fault, as ever.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import array
 import ctypes
 import os
+import select
 
 from . import system
 
@@ -26,6 +27,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+#: A child that rehearses takes a millisecond, and some more to look at gigabytes of page tables.
+LIMIT_S = 10.0
 #: Mappings larger than this in all are not looked through.
 LOOKED_AT_BYTES_MAX = 4 << 30
 #: io_uring takes no more buffers than this.
@@ -37,9 +40,10 @@ _PARAMETERS_BYTES = 120
 _PRESENT, _FILE, _EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56
 
 
-def settle(live: Callable[[int], None]) -> list[str]:
+def settle(live: Callable[[int], None]) -> tuple[list[str], bool]:
     """Make forks from now on take these pages along. `live` is called in a forked child: it does what children
-    do, with this descriptor as its output, and returns. Returns what was done, for the user."""
+    do, with this descriptor as its output, and returns. Returns what was done, for the user, and
+    whether the pages come with the fork."""
     written, read = _seen_by(live)
     written = _outside_huge_pages(written)
     applied = []
@@ -49,7 +53,7 @@ def settle(live: Callable[[int], None]) -> list[str]:
     pinned = _pin(written)
     if pinned:
         applied.append(f"{pinned} pages that every child writes to are copied at the fork")
-    return applied
+    return applied, pinned > 0
 
 
 def _seen_by(live: Callable[[int], None]) -> tuple[list[int], list[int]]:
@@ -64,7 +68,7 @@ def _seen_by(live: Callable[[int], None]) -> tuple[list[int], list[int]]:
                 os.write(1, array.array("Q", [len(written), *written, *read]).tobytes())
             finally:
                 os._exit(0)
-        os.waitpid(pid, 0)
+        _wait(pid)
         size = os.fstat(fd).st_size
         found = array.array("Q", os.pread(fd, size, 0))
     finally:
@@ -72,6 +76,17 @@ def _seen_by(live: Callable[[int], None]) -> tuple[list[int], list[int]]:
     if not found:
         return [], []
     return list(found[1 : found[0] + 1]), list(found[found[0] + 1 :])
+
+
+def _wait(pid: int) -> None:
+    """Until it has ended; it is killed if that takes too long."""
+    poll = select.poll()
+    pidfd = os.pidfd_open(pid)
+    poll.register(pidfd, select.POLLIN)
+    if not poll.poll(LIMIT_S * 1000):
+        os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    os.close(pidfd)
 
 
 def _own_pages() -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 
-from . import child, hooks, pages, system, task, wire
+from . import child, hooks, pages, system, task
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
@@ -38,14 +38,12 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
         folded = system.collapse_huge_pages()
         if folded:
             applied.append(f"{folded >> 20} MiB folded into huge pages")
-    applied += _prefault(plan)
     return applied
 
 
-def _prefault(plan: child.Plan) -> list[str]:
-    """What each child would fault for comes with the fork, as far as a child's rehearsed life shows it."""
-    import os
-
+def prefault(plan: child.Plan) -> list[str]:
+    """What each child would fault for comes with the fork, as far as a child's rehearsed life shows it. For a process
+    whose canary has sung. Returns what was done."""
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
     parent = os.getpid()
@@ -55,12 +53,11 @@ def _prefault(plan: child.Plan) -> list[str]:
         child.rehearse_life(plan, parent, (theirs, out, null))
 
     try:
-        applied = pages.settle(live)
+        applied, plan.is_prefaulted = pages.settle(live)
     finally:
         ours.close()
         theirs.close()
         os.close(null)
-    plan.is_prefaulted = any("written" in l or "writes" in l for l in applied)
     return applied
 
 
