@@ -91,6 +91,8 @@ class SendTask:
     reuses: bool = False
     #: It need not say that it has started: it has run tasks before, and has all that this one needs.
     is_quiet: bool = False
+    #: So many wait that this one's answer need not be heard before its process is gone.
+    in_crowd: bool = False
 
 
 @dataclass(frozen=True, slots=True)

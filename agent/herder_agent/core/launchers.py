@@ -61,6 +61,8 @@ FORK_RESERVE = 4
 FORK_BATCH = 3
 #: Fresh ones: each costs a whole interpreter, and is of use at the next task at the latest.
 FRESH_RESERVE = 1
+#: With so many queued attempts per core, throughput counts and not a single answer's latency.
+CROWD_PER_CORE = 2
 #: The start times' medians are reported after so many starts, and then every `_REPORT_EVERY`.
 _REPORT_AT = frozenset({1, 8, 64})
 _REPORT_EVERY = 512
@@ -219,7 +221,9 @@ def _hand_over(state: State, child: Child, attempt: Attempt, now_s: float, effec
         child.pool.workload.reused += 1
     is_quiet = reuses and child.tasks_done > 0 and not attempt.blobs
     slot = grant(state, attempt)
-    effects.append(SendTask(child.id, attempt.start, attempt.job_name, attempt.options, slot, reuses, is_quiet))
+    in_crowd = not reuses and len(state.queue) >= CROWD_PER_CORE * state.slots.total.cores
+    options = attempt.options
+    effects.append(SendTask(child.id, attempt.start, attempt.job_name, options, slot, reuses, is_quiet, in_crowd))
     if is_quiet:
         start_running(state, attempt, now_s, effects)
 

@@ -144,6 +144,12 @@ class Child:
         if self.channel is not None:
             self.channel.send({"t": "stop"})
 
+    def attach(self) -> None:
+        """Hear what it says, and read its output, as it comes."""
+        if self.channel is not None:
+            self.channel.watch()
+        self.attach_output()
+
     def attach_output(self) -> None:
         """Read its output as it comes."""
         for capture in (self.stdout, self.stderr):

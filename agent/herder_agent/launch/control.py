@@ -189,6 +189,7 @@ class Channel(Generic[_T]):
         received: Callable[[_T, bytes, list[int]], None],
         closed: Callable[[RemoteProtocolError | None], None],
         poller: Poller,
+        is_watched: bool = True,
     ) -> None:
         sock.setblocking(False)
         self._loop = loop
@@ -203,8 +204,10 @@ class Channel(Generic[_T]):
         self._unsent_bytes = 0
         self._is_open = True
         self._is_resting = False
+        self._is_watched = False
         self._poller = poller
-        poller.add(self._fd, self._readable)
+        if is_watched:
+            self.watch()
 
     def send(self, head: dict[str, object], parts: Sequence[bytes] = (), descriptors: Sequence[int] = ()) -> None:
         """Send one frame soon. `descriptors` are duplicated where the frame must wait; they stay the caller's."""
@@ -225,6 +228,12 @@ class Channel(Generic[_T]):
             self._keep(rest, [] if sent else [os.dup(fd) for fd in descriptors])
             self._loop.add_writer(self._fd, self._writable)
 
+    def watch(self) -> None:
+        """Read whenever there is something. Without it, only `drain` reads. Idempotent."""
+        if self._is_open and not self._is_resting and not self._is_watched:
+            self._is_watched = True
+            self._poller.add(self._fd, self._readable)
+
     @property
     def is_resting(self) -> bool:
         """Whether `rest` was called."""
@@ -232,13 +241,12 @@ class Channel(Generic[_T]):
 
     def rest(self) -> None:
         """Read no more, but in `drain`: the other end has said its last word, or will be heard of otherwise."""
-        if self._is_open and not self._is_resting:
-            self._is_resting = True
-            self._poller.remove(self._fd)
+        self._is_resting = True
+        self._ignore()
 
     def drain(self) -> None:
-        """Take all that has come; to be called when the other end is known to be dead."""
-        while self._is_open and self._readable():
+        """Take all that has come, to the last word; to be called when the other end is known to be dead."""
+        while self._is_open and not self._is_resting and self._readable():
             pass
 
     def close(self) -> None:
@@ -246,8 +254,7 @@ class Channel(Generic[_T]):
         if not self._is_open:
             return
         self._is_open = False
-        if not self._is_resting:
-            self._poller.remove(self._fd)
+        self._ignore()
         if self._unsent:
             self._loop.remove_writer(self._fd)
         for _, fds in self._unsent:
@@ -256,6 +263,11 @@ class Channel(Generic[_T]):
         _close_all(self._descriptors)
         self._descriptors = []
         self._socket.close()
+
+    def _ignore(self) -> None:
+        if self._is_watched:
+            self._is_watched = False
+            self._poller.remove(self._fd)
 
     def _write(self, data: bytes | memoryview, descriptors: Sequence[int]) -> int:
         try:

@@ -128,7 +128,10 @@ class Children:
         if kind != "command":
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors.pop(0))
             received, closed = partial(self._said, child), partial(self._closed, child)
-            child.channel = Channel(self._loop, sock, control.from_child, received, closed, self._poller)
+            # A forked one has nothing to say before it has a task.
+            child.channel = Channel(
+                self._loop, sock, control.from_child, received, closed, self._poller, is_watched=kind != "fork"
+            )
         out, err, child.pidfd = descriptors
         if kind == "command":
             sizes = (command.OUTPUT_HEAD_BYTES, command.OUTPUT_TAIL_BYTES)
@@ -162,10 +165,17 @@ class Children:
         *,
         is_limited: bool,
         reuses: bool,
+        in_crowd: bool = False,
     ) -> None:
-        """Give it a task. One that `reuses` has its output cut by task, when it answers."""
+        """Give it a task. One that `reuses` has its output cut by task, when it answers.
+
+        In a crowd of tasks that wait, one that ends with its process is heard of when the template has reaped it: one
+        wake-up instead of three. If it takes longer it is listened to like any other.
+        """
         child.reuses = reuses
         child.send_task(head, parts, files)
+        if child.channel is not None and (reuses or not in_crowd):
+            child.channel.watch()
         self.limits.begin(child, is_limited=is_limited)
         self._attach_later(child)
 
@@ -389,7 +399,7 @@ class Children:
         young, self._attach = self._attach, []
         for child in young:
             if self._children.get(child.number) is child:
-                child.attach_output()
+                child.attach()
                 if child.is_watched:
                     self._watchdog.add(child)
 

@@ -47,9 +47,12 @@ STARTED_DELAY_S = 0.005
 #: Ends are kept this long while attempts wait here, so that one message, and one acknowledgement, serves several. With
 #: nothing waiting they leave at once.
 _REPORT_DELAY_S = 0.002
-#: ... and this long while so many wait that the slots cannot run out of work meanwhile.
-_REPORT_DELAY_S_MAX = 0.008
-_QUEUED_PER_CORE = 4
+#: ... and up to this long while so many wait that the slots cannot run out of work meanwhile: what waits must last
+#: `_QUEUE_LASTS` times as long.
+_REPORT_DELAY_S_MAX = 0.025
+_QUEUE_LASTS = 2.0
+#: Weight of the last interval between two ends in their mean.
+_PACE_WEIGHT = 0.1
 #: Leftovers that cannot be killed: looked at again later and later; given up, with a word, after so long.
 _SWEEP_RETRY_S = 0.001
 _SWEEP_RETRY_S_MAX = 0.5
@@ -126,6 +129,8 @@ class AgentLoop:
         self._started: list[AttemptId] = []
         self._started_timer: asyncio.TimerHandle | None = None
         self._ends: list[AttemptEnd] = []
+        self._last_end_s = 0.0
+        self._pace_s = 0.0
         self._workloads: dict[WorkloadKey, WorkloadReport] = {}
         self._held_bytes = 0
         self._use = host.CpuUse(state.cpus or host.usable_cpus())
@@ -161,11 +166,13 @@ class AgentLoop:
             case fx.ReportStarted():
                 self._started.append(effect.attempt)
                 if self._started_timer is None:
-                    self._started_timer = self.loop.call_later(STARTED_DELAY_S, self._flush_started)
+                    delay_s = max(STARTED_DELAY_S, self._report_delay_s() if self.state.queue else 0.0)
+                    self._started_timer = self.loop.call_later(delay_s, self._flush_started)
             case fx.SweepLeftovers():
                 self._sweep_soon()
             case fx.ReportEnd():
                 self._ends.append(effect.end)
+                self._note_pace()
                 self._held_bytes += size_of(effect.end)
                 self._report_soon()
             case fx.ForkChildren():
@@ -251,8 +258,7 @@ class AgentLoop:
         if self._report_timer is not None:
             self._report_timer.cancel()
         if self.state.queue:
-            is_deep = len(self.state.queue) >= _QUEUED_PER_CORE * self.state.slots.total.cores
-            self._report_timer = self.loop.call_later(_REPORT_DELAY_S_MAX if is_deep else _REPORT_DELAY_S, self._report)
+            self._report_timer = self.loop.call_later(self._report_delay_s(), self._report)
         else:
             self._report_timer = self.loop.call_soon(self._report)
 
@@ -267,9 +273,22 @@ class AgentLoop:
         workloads, self._workloads = self._workloads, {}
         self.connection.report([], ends, list(workloads.values()))
 
+    def _note_pace(self) -> None:
+        """The mean time between two ends of late; a pause is none."""
+        now_s = time.monotonic()
+        interval_s = min(now_s - self._last_end_s, _REPORT_DELAY_S_MAX)
+        self._pace_s += _PACE_WEIGHT * (interval_s - self._pace_s)
+        self._last_end_s = now_s
+
+    def _report_delay_s(self) -> float:
+        lasts_s = len(self.state.queue) * self._pace_s
+        return max(_REPORT_DELAY_S, min(_REPORT_DELAY_S_MAX, lasts_s / _QUEUE_LASTS))
+
     def _flush_started(self) -> None:
+        """Report the starts whose ends are not about to be reported."""
         self._started_timer = None
-        started, self._started = self._started, []
+        ended = {end.attempt for end in self._ends}
+        started, self._started = [attempt for attempt in self._started if attempt not in ended], []
         self.connection.report(started, [], [])
 
     # What ended children left behind, once a turn.
@@ -569,7 +588,15 @@ class AgentLoop:
             "quiet": effect.is_quiet,
             "groups": self.children.limits.enter(child.number, options.memory_bytes, grant.pids),
         }
-        self.children.send_task(child, head, parts, files, is_limited=bool(options.memory_bytes), reuses=effect.reuses)
+        self.children.send_task(
+            child,
+            head,
+            parts,
+            files,
+            is_limited=bool(options.memory_bytes),
+            reuses=effect.reuses,
+            in_crowd=effect.in_crowd,
+        )
         for fd in files:
             os.close(fd)
 

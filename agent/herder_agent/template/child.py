@@ -71,6 +71,8 @@ class Plan:
         nowhere.close()
         self._unused.close()
         self.rehearsal = task.Rehearsal()
+        #: The pages that a task needs come with the fork.
+        self.is_prefaulted = False
         if tasks_max != 1:
             from . import baseline  # noqa: F401 - loaded here, so that no child has to
 
@@ -82,21 +84,33 @@ def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
     """Become a child, with its task socket and the write ends of its stdout and stderr pipes."""
     status = STATUS_INTERNAL
     try:
-        hooks.take_up()
-        os.setsid()
-        system.die_with(parent)
-        system.become_subreaper()
-        _take_descriptors(plan.kept, ends)
-        _after_fork(plan)
-        plan.channel.socket = ends[0]
+        _become(plan, parent, ends)
         _replay(plan)
-        plan.rehearsal.run(plan.runner)
+        if not plan.is_prefaulted:
+            plan.rehearsal.run(plan.runner)
         status = serve(plan.channel, plan.runner, plan.tasks_max)
     except BaseException:  # noqa: BLE001 - the top of a process: nothing of it may run on into the template's code
         sys.stderr.write(failures.traceback_text(sys.exc_info()[1] or RuntimeError("unknown")))
     finally:
         leave(status)
     raise AssertionError("not reached")
+
+
+def _become(plan: Plan, parent: int, ends: Ends) -> None:
+    hooks.take_up()
+    os.setsid()
+    system.die_with(parent)
+    system.become_subreaper()
+    _take_descriptors(plan.kept, ends)
+    _after_fork(plan)
+    plan.channel.socket = ends[0]
+
+
+def rehearse_life(plan: Plan, parent: int, ends: Ends) -> None:
+    """In a forked child: all that children do but for their left-out steps, to the last word."""
+    _become(plan, parent, ends)
+    serve(plan.channel, plan.runner, 1)
+    _wind_up()
 
 
 def warm_up(plan: Plan) -> None:
@@ -186,14 +200,18 @@ def leave(status: int) -> NoReturn:
     Waited for or run are the task's threads, its exit handlers and its output.
     """
     try:
-        _join_threads()
-        _end_multiprocessing()
-        atexit._run_exitfuncs()
-        task.flush_all()
+        _wind_up()
     except BaseException as error:  # noqa: BLE001 - the last words of a process
         sys.stderr.write(f"herder: while the task's process ended: {failures.traceback_text(error)}")
     finally:
         os._exit(status)
+
+
+def _wind_up() -> None:
+    _join_threads()
+    _end_multiprocessing()
+    atexit._run_exitfuncs()
+    task.flush_all()
 
 
 def load_seen() -> ModuleType:

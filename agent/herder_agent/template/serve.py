@@ -16,6 +16,7 @@ such an orphan, and is killed. `exited` is sent when the last of them is gone: t
 from __future__ import annotations
 
 import _socket
+import gc
 import os
 import select
 import signal
@@ -179,6 +180,8 @@ class Server:
                 prepared.append((id, Ends(has_channel=True, pipes=2)))
             except OSError as error:
                 self._refuse(id, error.strerror)
+        # What this process has allocated since then would make a child's first allocation a collection.
+        gc.freeze()
         for id, ends in prepared:  # noqa: A001
             try:
                 pid = fork()

@@ -13,7 +13,9 @@ import resource
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MADV_COLLAPSE = 25
+MADV_COLD = 20
 HUGE_PAGE_BYTES = 2 << 20
+SMALL_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 #: Size of glibc's `FILE` on 64-bit machines; its layout is part of the ABI. The first words are its flags and pointers.
 _STREAM_BYTES = 216
 #: Badness added to a child, so that it dies of memory pressure before its template and the agent.
@@ -21,9 +23,8 @@ CHILD_OOM_SCORE_ADJ = 500
 
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _libc = ctypes.CDLL(None, use_errno=True)
-_prctl = _libc.prctl
-_prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
-_prctl.restype = ctypes.c_int
+#: Without conversions, errno and the release of the interpreter's lock: a forked child pays for each in page faults.
+_prctl = ctypes.PyDLL(None).prctl
 _fflush = _libc.fflush
 _fflush.argtypes = (ctypes.c_void_p,)
 _mmap = _libc.mmap
@@ -35,16 +36,21 @@ _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+def syscall(number: int, *arguments: int) -> int:
+    """A system call by its number; -1 where it fails."""
+    return int(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments)))
+
+
 def die_with(parent: int) -> None:
     """Ask to be killed when the thread that made this process ends; end now if that has already happened."""
-    _prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    _prctl(PR_SET_PDEATHSIG, 9)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def become_subreaper() -> None:
     """Orphans of this process's descendants become its children, and not the agent's or init's."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def set_limit(name: str, soft: int, hard: int) -> None:
@@ -168,6 +174,14 @@ def map_pages(fd: int, length: int, protection: int) -> int:
 
 def unmap_pages(address: int, length: int) -> None:
     _munmap(address, length)
+
+
+def split_huge_page(address: int) -> bool:
+    """Split the huge page around `address` into small ones, if it is one. False where the kernel cannot (before 5.4).
+
+    Advice about a part of a huge page splits it; that the part is cold means nothing without memory pressure."""
+    start = address // SMALL_PAGE_BYTES * SMALL_PAGE_BYTES
+    return bool(_madvise(start, SMALL_PAGE_BYTES, MADV_COLD) == 0)
 
 
 def collapse_huge_pages() -> int:
