@@ -251,11 +251,30 @@ def _join_threads() -> None:
     threading = sys.modules.get("threading")
     if threading is None or threading.active_count() == 1:
         return
+    _wake_executors()
     deadline = time.monotonic() + EXIT_LIMIT_S
     here = threading.current_thread()
     for thread in threading.enumerate():
         if thread is not here and not thread.daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _wake_executors() -> None:
+    """Executors that nobody shut down end when their queues are empty, as `threading._shutdown` has them do.
+
+    Theirs would wait for the threads without limit.
+    """
+    futures = sys.modules.get("concurrent.futures.thread")
+    if futures is not None:
+        with futures._global_shutdown_lock:
+            futures._shutdown = True
+            for queue in list(futures._threads_queues.values()):
+                queue.put(None)
+    futures = sys.modules.get("concurrent.futures.process")
+    if futures is not None:
+        futures._global_shutdown = True
+        for wakeup in list(futures._threads_wakeups.values()):
+            wakeup.wakeup()
 
 
 def _end_multiprocessing() -> None:
