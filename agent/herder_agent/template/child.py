@@ -264,16 +264,15 @@ def _wake_executors() -> None:
 
     Theirs would wait for the threads without limit.
     """
-    futures = sys.modules.get("concurrent.futures.thread")
-    if futures is not None:
-        with futures._global_shutdown_lock:
-            futures._shutdown = True
-            for queue in list(futures._threads_queues.values()):
+    of_threads, of_processes = (sys.modules.get(f"concurrent.futures.{kind}") for kind in ("thread", "process"))
+    if of_threads is not None:
+        with of_threads._global_shutdown_lock:
+            vars(of_threads)["_shutdown"] = True
+            for queue in list(of_threads._threads_queues.values()):
                 queue.put(None)
-    futures = sys.modules.get("concurrent.futures.process")
-    if futures is not None:
-        futures._global_shutdown = True
-        for wakeup in list(futures._threads_wakeups.values()):
+    if of_processes is not None:
+        vars(of_processes)["_global_shutdown"] = True
+        for wakeup in list(of_processes._threads_wakeups.values()):
             wakeup.wakeup()
 
 
