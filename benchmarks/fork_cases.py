@@ -3,8 +3,8 @@
 Two users. Tasks and templates import this module by name (so that any interpreter can, also one of another minor
 version than Herder's), and `fork_table.py` runs it by path for the naive fork: `fork_cases.py NAME FORKS LIMIT_S`
 imports the libraries, uses them, forks that many children at once, each of which does the task's work, and prints as
-JSON how each of them ended. `fork_cases.py --serve` is the server, outside all of these processes, that sessions and channels
-are connected to. Standard library only until a case asks for more.
+JSON how each of them ended. `fork_cases.py --serve` is the server, outside all of these processes, that sessions and
+channels are connected to. Standard library only until a case asks for more.
 
 A work function gets the task's number and `setup`'s value (None without `setup`). It raises when a result is wrong.
 """

@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="rows to measure (default: all; only then is the page written)")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has the libraries")
     parser.add_argument("--tasks", type=int, default=1_000, help="tasks of each row")
-    parser.add_argument("--budget", type=float, default=150.0, help="s of each row's tasks; then it is stopped")
+    parser.add_argument("--budget", type=float, default=600.0, help="s of each row's tasks; then it is stopped")
     parser.add_argument("--stall", type=float, default=120.0, help=f"s for {CHUNK_TASKS} tasks; longer is a hang")
     parser.add_argument("--forks", type=int, default=3, help="naive children of each row")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
