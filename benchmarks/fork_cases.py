@@ -169,14 +169,17 @@ def pyarrow_work(index: int, table: Any) -> None:
 def h5py_use() -> Any:
     import h5py
 
-    with h5py.File(_own_file("read.h5"), "w") as file:
+    path = _own_file(f"{os.getpid()}.h5")  # setup may run in each child
+    with h5py.File(path, "w") as file:
         file["values"] = list(range(1_000))
-    return h5py.File(_own_file("read.h5"), "r")
+    return h5py.File(path, "r")
 
 
 def h5py_closed() -> str:
-    h5py_use().close()
-    return _own_file("read.h5")
+    file = h5py_use()
+    path: str = file.filename
+    file.close()
+    return path
 
 
 def h5py_work(index: int, shared: Any) -> None:
@@ -215,10 +218,7 @@ def duckdb_work(index: int, connection: Any) -> None:
 def sqlite_use() -> Any:
     import sqlite3
 
-    path = _own_file("rows.sqlite")
-    if os.path.exists(path):
-        os.unlink(path)
-    connection = sqlite3.connect(path, check_same_thread=False)
+    connection = sqlite3.connect(_own_file(f"{os.getpid()}.sqlite"), check_same_thread=False)
     connection.execute("create table numbers(n)")
     connection.executemany("insert into numbers values (?)", [(n,) for n in range(1_000)])
     connection.commit()
@@ -226,8 +226,10 @@ def sqlite_use() -> Any:
 
 
 def sqlite_closed() -> str:
-    sqlite_use().close()
-    return _own_file("rows.sqlite")
+    connection = sqlite_use()
+    path: str = connection.execute("pragma database_list").fetchone()[2]
+    connection.close()
+    return path
 
 
 def sqlite_work(index: int, shared: Any) -> None:

@@ -51,7 +51,7 @@ class Options(NamedTuple):
     tasks: int
     #: Of a row's tasks, in s.
     budget_s: float
-    #: Without the end of a chunk for so long, tasks hang.
+    #: While no task ends for so long, those that are left hang.
     stall_s: float
     forks: int
     cores: int
@@ -70,6 +70,7 @@ class Row(NamedTuple):
     setup_mode: str
     why: list[dict[str, str]]
     applied: list[str]
+    reason: str
     demoted: str
     naive: list[str]
     tasks: int
@@ -91,7 +92,7 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter that has the libraries")
     parser.add_argument("--tasks", type=int, default=1_000, help="tasks of each row")
     parser.add_argument("--budget", type=float, default=600.0, help="s of each row's tasks; then it is stopped")
-    parser.add_argument("--stall", type=float, default=120.0, help=f"s for {CHUNK_TASKS} tasks; longer is a hang")
+    parser.add_argument("--stall", type=float, default=60.0, help="s without any task's end: a hang")
     parser.add_argument("--forks", type=int, default=3, help="naive children of each row")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write all that was seen to this file")
@@ -199,6 +200,7 @@ def measure(case: Case, version: str, env: dict[str, str], options: Options) -> 
         setup_mode=report.setup_mode,
         why=[encoded(finding) for finding in findings],
         applied=sorted({cure for step in report.steps for cure in step.applied}),
+        reason=report.reason,
         demoted=report.demoted,
         naive=naive,
         tasks=done,
@@ -234,10 +236,10 @@ def run_tasks(client: herder.Client, case: Case, options: Options) -> tuple[int,
     for first in (0, *range(1, options.tasks, CHUNK_TASKS)):
         count = min(CHUNK_TASKS, options.tasks - first) if first else 1
         job = client.array(fork_cases.task, [case.name] * count, range(first, first + count))
-        if not job.wait(options.stall_s):
-            ended = job.progress().ended
+        if not await_end(job, options.stall_s):
+            progress = job.progress()
             job.cancel()
-            return done + ended, failures, count - ended, methods
+            return done + progress.succeeded, failures, count - progress.ended, methods
         for future in job.as_completed():
             error = future.exception()
             if error is None:
@@ -248,6 +250,15 @@ def run_tasks(client: herder.Client, case: Case, options: Options) -> tuple[int,
         if len(failures) > CHUNK_TASKS or time.perf_counter() - began > options.budget_s:
             break
     return done, failures, 0, methods
+
+
+def await_end(job: herder.Job, stall_s: float) -> bool:
+    """Whether it ends; not when for so long no task of it did."""
+    ended = -1
+    while ended < (ended := job.progress().ended):
+        if job.wait(stall_s):
+            return True
+    return False
 
 
 def report_of(client: herder.Client, case: Case) -> WorkloadReport:
@@ -329,6 +340,8 @@ def naive_text(ends: Sequence[str]) -> str:
 def summary(row: Row, took_s: float) -> str:
     """What a terminal shows of a row."""
     bad = f" FAILED {row.failures[0][:300]}" if row.failures else f" {row.hangs} HANG" if row.hangs else ""
+    if row.start == "fresh":
+        bad += f" FRESH: {row.reason}"
     return (
         f"{row.name}: {row.verdict}, {row.start} after {row.fork_point!r} {row.setup_mode}, naive "
         f"{naive_text(row.naive)}, {row.tasks} tasks in {row.seconds:.1f} s{bad} [{took_s:.0f} s]"

@@ -28,8 +28,9 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     atexit._clear()
     _settle_streams()
     hooks.leave_out()
-    plan.kept = [_kept(fd) for fd in kept]
     _ = gc.collect()
+    # Files of objects that were garbage have just been closed.
+    plan.kept = [_kept(fd) for fd in kept if os.path.exists(f"/proc/self/fd/{fd}")]
     child.warm_up(plan)
     gc.freeze()
     applied = []

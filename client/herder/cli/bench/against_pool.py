@@ -9,6 +9,8 @@ the figures are ratios of the median rates.
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,10 @@ from herder.cli.bench.figure import (
 from herder.cli.bench.process_per_task import ONE_THREAD
 from herder_shared.errors import HerderError
 
+#: A pool that does not answer for so long hangs. The fork context's does, now and then: it forks from a process which
+#: has the pool's own threads, and inherits a lock that one of them held.
+LIMIT_S = 60.0
+
 
 class Pool:
     """One pool, in a program of its own."""
@@ -44,8 +50,14 @@ class Pool:
         return float(self.line())
 
     def line(self) -> str:
-        """What it says next."""
+        """What it says next.
+
+        Raises:
+            TimeoutError: nothing.
+        """
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], LIMIT_S)[0]:
+            raise TimeoutError
         line = self._process.stdout.readline()
         if not line:
             raise HerderError(f"the pool's program ended with status {self._process.wait()}; its error is above")
@@ -58,11 +70,19 @@ def pool_of(method: str, modules: Sequence[str], cores: int) -> Iterator[Pool]:
     code = "from herder.cli.bench import pool; pool.main()"
     command = [sys.executable, "-P", "-c", code, method, str(cores), *modules]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD},
+        start_new_session=True,
     ) as process:
         found = Pool(process)
-        found.line()
-        yield found
+        try:
+            found.line()
+            yield found
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # a pool that hangs would leave its processes behind
 
 
 def measure(name: str, modules: Sequence[str], must: float, aim: float, conditions: Conditions) -> list[Figure]:
@@ -85,11 +105,17 @@ def measure(name: str, modules: Sequence[str], must: float, aim: float, conditio
 
         tasks = tasks_for(run, conditions.seconds)
         runs: dict[str, list[float]] = {each: [] for each in ("herder", *methods)}
+        hung = ""
         for _ in range(RUNS):
             runs["forkserver"].append(tasks / by_forkserver.run(tasks))
-            runs["fork"].append(tasks / by_fork.run(tasks))
+            if not hung:
+                try:
+                    runs["fork"].append(tasks / by_fork.run(tasks))
+                except TimeoutError:
+                    hung = f"; it hung in run {len(runs['fork']) + 1}"
             runs["herder"].append(rate_of(run, tasks))
     ours = median(runs["herder"])
+    ends = {"forkserver": "", "fork": hung}
     return [
         Figure(
             f"{name} {method}",
@@ -97,10 +123,11 @@ def measure(name: str, modules: Sequence[str], must: float, aim: float, conditio
             "times",
             must if method == "forkserver" else None,
             aim if method == "forkserver" else None,
-            detail=f"{ours:.0f}/s against {median(runs[method]):.0f}/s, {tasks} tasks a run",
-            runs=tuple(each / peer for each, peer in zip(runs["herder"], runs[method], strict=True)),
+            detail=f"{ours:.0f}/s against {median(runs[method]):.0f}/s, {tasks} tasks a run{ends[method]}",
+            runs=tuple(each / peer for each, peer in zip(runs["herder"], runs[method], strict=False)),
         )
         for method in methods
+        if runs[method]
     ]
 
 
