@@ -375,7 +375,7 @@ class _Echo:
         self.address = f"unix:{_own_file(name)}"
         self._server = grpc.server(ThreadPoolExecutor(1))
         echo = grpc.unary_unary_rpc_method_handler(lambda content, _context: content)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("e", {"e": echo}),))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("api", {"echo": echo}),))
         self._server.add_insecure_port(self.address)
         self._server.start()
 
@@ -384,7 +384,7 @@ class _Echo:
 
 
 def _call(channel: Any, content: bytes) -> None:
-    assert channel.unary_unary("/e/e")(content, timeout=20) == content
+    assert channel.unary_unary("/api/echo")(content, timeout=20) == content
 
 
 def grpc_closed() -> None:

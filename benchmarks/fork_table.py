@@ -70,7 +70,6 @@ class Row(NamedTuple):
     setup_mode: str
     why: list[dict[str, str]]
     applied: list[str]
-    reason: str
     demoted: str
     naive: list[str]
     tasks: int
@@ -78,6 +77,7 @@ class Row(NamedTuple):
     failures: list[str]
     hangs: int
     methods: dict[str, int]
+    reason: str = ""
 
     @property
     def is_good(self) -> bool:
@@ -95,7 +95,9 @@ def main() -> int:
     parser.add_argument("--stall", type=float, default=60.0, help="s without any task's end: a hang")
     parser.add_argument("--forks", type=int, default=3, help="naive children of each row")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="also write all that was seen to this file")
+    parser.add_argument(
+        "--json", type=Path, help="also write all that was seen to this file; rows not measured now are kept"
+    )
     parser.add_argument("--write", action="store_true", help="write the page, also with some rows only")
     given = parser.parse_args()
     unknown = set(given.names) - {case.name for case in fork_cases.CASES}
@@ -106,6 +108,7 @@ def main() -> int:
         measure_all([case for case in fork_cases.CASES if case.name in given.names or not given.names], options)
     )
     if given.json:
+        rows = with_earlier(rows, given.json)
         given.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
     text = page_text(rows, options)
     if given.write or not given.names:
@@ -115,6 +118,13 @@ def main() -> int:
     if bad:
         print(f"hung or failed under auto: {', '.join(bad)}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def with_earlier(rows: Sequence[Row], file: Path) -> list[Row]:
+    """These rows, and those of an earlier run in that file, in the order of the cases."""
+    found = {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.exists() else {}
+    found |= {row.name: row for row in rows}
+    return [found[case.name] for case in fork_cases.CASES if case.name in found]
 
 
 def measure_all(cases: Sequence[Case], options: Options) -> Iterator[Row]:

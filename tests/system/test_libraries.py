@@ -111,11 +111,11 @@ def call_grpc() -> bytes:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as threads:
         server = grpc.server(threads)
         handler = grpc.unary_unary_rpc_method_handler(lambda content, _context: content)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("e", {"e": handler}),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("api", {"echo": handler}),))
         server.add_insecure_port(f"unix:{folder}/socket")
         server.start()
         with grpc.insecure_channel(f"unix:{folder}/socket") as channel:
-            answer: bytes = channel.unary_unary("/e/e")(b"hello", timeout=30)
+            answer: bytes = channel.unary_unary("/api/echo")(b"hello", timeout=30)
         server.stop(None).wait()
     return answer
 
