@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -69,14 +70,18 @@ def pool_of(method: str, modules: Sequence[str], cores: int) -> Iterator[Pool]:
     """A pool by this start method; it ends with the block."""
     code = "from herder.cli.bench import pool; pool.main()"
     command = [sys.executable, "-P", "-c", code, method, str(cores), *modules]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **ONE_THREAD},
-        start_new_session=True,
-    ) as process:
+    with (
+        # Where the forkserver's socket is: it is killed and removes nothing itself.
+        tempfile.TemporaryDirectory(prefix="herder-bench-") as folder,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ONE_THREAD, "TMPDIR": folder},
+            start_new_session=True,
+        ) as process,
+    ):
         found = Pool(process)
         try:
             found.line()
