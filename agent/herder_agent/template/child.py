@@ -284,11 +284,29 @@ def _join_threads() -> None:
     threading = sys.modules.get("threading")
     if threading is None or threading.active_count() == 1:
         return
+    _wake_executors()
     deadline = time.monotonic() + EXIT_LIMIT_S
     here = threading.current_thread()
     for thread in threading.enumerate():
         if thread is not here and not thread.daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _wake_executors() -> None:
+    """Executors that nobody shut down end when their queues are empty, as `threading._shutdown` has them do.
+
+    Theirs would wait for the threads without limit.
+    """
+    of_threads, of_processes = (sys.modules.get(f"concurrent.futures.{kind}") for kind in ("thread", "process"))
+    if of_threads is not None:
+        with of_threads._global_shutdown_lock:
+            vars(of_threads)["_shutdown"] = True
+            for queue in list(of_threads._threads_queues.values()):
+                queue.put(None)
+    if of_processes is not None:
+        vars(of_processes)["_global_shutdown"] = True
+        for wakeup in list(of_processes._threads_wakeups.values()):
+            wakeup.wakeup()
 
 
 def _end_multiprocessing() -> None:

@@ -32,8 +32,9 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
     atexit._clear()
     _settle_streams()
     hooks.leave_out()
-    plan.kept = [_kept(fd) for fd in kept]
     _ = gc.collect()
+    # Files of objects that were garbage have just been closed.
+    plan.kept = [_kept(fd) for fd in kept if os.path.exists(f"/proc/self/fd/{fd}")]
     rehome.move_large_blocks()
     child.warm_up(plan)
     applied = immortal.settle(plan)

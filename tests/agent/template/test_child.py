@@ -143,6 +143,24 @@ def test_a_copy_of_the_process_made_by_the_task_does_not_answer(bare: driver.Tem
         child.task_socket.receive()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ThreadPoolExecutor", "ProcessPoolExecutor"])
+def test_an_idle_executor_which_a_task_left_open_does_not_hold_up_its_end(bare: driver.Template, kind: str) -> None:
+    def use() -> int:
+        from concurrent import futures
+
+        executor = getattr(futures, kind)(1)
+        globals()["kept"] = executor
+        value: int = executor.submit(pow, 2, 10).result()
+        return value
+
+    child = bare.fork()
+    assert child.run(use) == 1024
+    began = time.monotonic()
+    assert child.exited()["status"] == 0
+    assert time.monotonic() - began < 2.5  # its threads would be waited for for 5 s
+
+
 def test_an_exit_handler_and_a_thread_of_the_task_are_waited_for(bare: driver.Template) -> None:
     def register() -> None:
         import atexit

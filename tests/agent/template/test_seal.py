@@ -73,3 +73,18 @@ def test_children_collect_garbage_and_leave_the_templates_alone(bare: driver.Tem
         return gc.isenabled(), gc.get_freeze_count() > 1000
 
     assert bare.fork().run(look) == (True, True)
+
+
+def test_a_file_that_only_garbage_still_held_open_is_no_matter() -> None:
+    def leave_garbage() -> int:
+        class Cycle:
+            def __init__(self) -> None:
+                self.me = self
+                # More than the template itself opens afterwards, so that some of the numbers stay unused.
+                self.files = [open(os.__file__, "rb") for _ in range(8)]  # noqa: SIM115
+
+        return len(Cycle().files)
+
+    with driver.ready(leave_garbage) as running:
+        child = running.fork()
+        assert child.run(os.getpid) == child.pid

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
+from herder.cli.bench.against_pool import pool_of
 from herder.cli.bench.command import BENCHMARKS, benchmark, figure_row
-from herder.cli.bench.figure import Figure, percentile, tasks_for
+from herder.cli.bench.data import by_bare_name
+from herder.cli.bench.figure import (
+    Conditions,
+    Figure,
+    LeftOut,
+    data_bytes,
+    need_modules,
+    percentile,
+    tasks_for,
+    times_in_turn,
+)
+from herder.cli.bench.fork_sealed import sealed_loop
 from herder.cli.bench.idle import cpu_ticks
 from herder.cli.bench.process_per_task import floor_of
+from herder.cli.bench.shared_memory import descendants, tree_bytes
 from herder.cli.main import cli
 from herder_shared.errors import ConfigError
 
@@ -55,6 +71,63 @@ def test_floor_forks_on_each_core_and_ends_with_its_block() -> None:
 def test_floor_with_a_module_that_cannot_be_imported_is_an_error() -> None:
     with pytest.raises(ConfigError, match="fork loop"), floor_of(("no_such_module_at_all",), 1):
         pass
+
+
+@pytest.mark.slow
+def test_sealed_template_forks_in_the_same_loop() -> None:
+    with sealed_loop(("json",)) as loop:
+        assert loop.rate(0.05) > 10
+
+
+@pytest.mark.slow
+def test_pool_answers_and_leaves_nothing() -> None:
+    with pool_of("forkserver", ("json",), 1) as pool:
+        assert pool.run(2) > 0
+
+
+@pytest.mark.slow
+def test_pool_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool_of("fork", (), 1) as pool:
+        monkeypatch.setattr("herder.cli.bench.against_pool.LIMIT_S", 0.05)
+        with pytest.raises(TimeoutError):
+            pool.run(100_000)
+
+
+def test_benchmark_that_lacks_something_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_: Conditions) -> list[Figure]:
+        need_modules("json", "no_such_module_at_all")
+        return []
+
+    monkeypatch.setattr("herder.cli.bench.command.benchmark", lambda name: measure)
+    result = CliRunner().invoke(cli, ["bench", "idle", "--json"])
+    assert json.loads(result.stdout)["figures"] == []
+    assert "not installed: no_such_module_at_all" in result.stderr
+
+
+def test_data_is_as_large_as_asked_for_and_else_as_fits() -> None:
+    assert data_bytes(8, Conditions(1, 1, data_gib=0.5), 0.1) == 2**29
+    assert 0 < data_bytes(1e9, Conditions(1, 1), 0.001) < 2**60
+    with pytest.raises(LeftOut, match="free memory"):
+        data_bytes(1e9, Conditions(1, 1), 1e9)
+
+
+def test_memory_of_a_tree_counts_the_children() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert child.pid in descendants(os.getpid())
+        assert tree_bytes(os.getpid()) > tree_bytes(child.pid) > 2**20
+        child.communicate(b"\n")
+
+
+def test_functions_of_tasks_are_pickled_by_a_name_that_needs_no_herder() -> None:
+    assert pickle.loads(pickle.dumps(by_bare_name().sizes)) is by_bare_name().sizes
+    assert by_bare_name().sizes.__module__ == "herder_bench_data"
+
+
+def test_times_are_taken_in_turn() -> None:
+    calls: list[str] = []
+    times = times_in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 0.0, warm_ups=0)
+    assert calls == ["a", "b"] * 50
+    assert [len(each) for each in times] == [50, 50]
 
 
 def test_cpu_time_of_this_process_grows() -> None:

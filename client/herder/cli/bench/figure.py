@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from herder_shared.errors import HerderError
+from herder_shared.limits import GIB
 
 if TYPE_CHECKING:
     from herder import Client, LocalCluster
@@ -55,10 +58,40 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Conditions(msgspec.Struct, frozen=True):
-    """How to measure: seconds of a run, and the cores to use."""
+    """How to measure: seconds of a run, the cores to use, GiB of data (None: as the figure says, if the machine has so
+    much), an interpreter for benchmarks which need a newer one."""
 
     seconds: float
     cores: int
+    data_gib: float | None = None
+    python: str | None = None
+
+
+class LeftOut(HerderError):
+    """This machine lacks what the benchmark needs; the message says what."""
+
+
+def need_modules(*modules: str) -> None:
+    """Raises LeftOut unless all are installed here."""
+    missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
+    if missing:
+        raise LeftOut(f"not installed: {', '.join(missing)}")
+
+
+def data_bytes(wanted_gib: float, conditions: Conditions, least_gib: float) -> int:
+    """How many bytes of data to use: what is asked for, else the figure's own if it fits into 40 % of the free memory.
+
+    Raises:
+        LeftOut: that would be less than `least_gib`.
+    """
+    if conditions.data_gib is not None:
+        return int(conditions.data_gib * GIB)
+    text = Path("/proc/meminfo").read_text()
+    free_kib = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("MemAvailable:"))
+    fits = 0.4 * free_kib * 1024
+    if fits < least_gib * GIB:
+        raise LeftOut(f"it needs {least_gib / 0.4:.1f} GiB of free memory")
+    return int(min(wanted_gib * GIB, fits))
 
 
 def machine_cores() -> int:
@@ -87,6 +120,19 @@ def no_op() -> Callable[..., None]:
 def too_slow(tasks: int) -> HerderError:
     """A run did not end in `RUN_TIMEOUT_S`: something is wrong, and no figure would mean anything."""
     return HerderError(f"{tasks} empty tasks did not end in {RUN_TIMEOUT_S:g} s: is the machine busy otherwise?")
+
+
+def times_in_turn(calls: Sequence[Callable[[], object]], seconds: float, warm_ups: int = 10) -> list[list[float]]:
+    """Seconds of each call, one at a time and in turn, for about this long and at least 50 times each."""
+    for _ in range(warm_ups):
+        for call in calls:
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    ends = time.perf_counter() + seconds
+    while len(times[0]) < 50 or time.perf_counter() < ends:
+        for call, taken in zip(calls, times, strict=True):
+            taken.append(timed(call))
+    return times
 
 
 def run_array(view: View, function: Callable[..., None], tasks: int) -> None:

@@ -8,11 +8,10 @@ with a heavy preload, as the floor forks a process that nobody prepared for it.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from herder.cli.bench.figure import (
     Figure,
     cluster_of_one,
     median,
+    need_modules,
     no_op,
     rate_of,
     run_array,
@@ -36,7 +36,8 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 class Floor:
-    """The loops, one process a core. Started once; each `rate()` runs all of them at the same time."""
+    """The loops, one process a core. Started once; each `rate()` runs all of them at the same time, for so many
+    seconds."""
 
     def __init__(self, loops: Sequence[subprocess.Popen[str]]) -> None:
         self._loops = loops
@@ -69,33 +70,35 @@ class Floor:
 
 
 @contextmanager
-def floor_of(modules: Sequence[str], cores: int) -> Iterator[Floor]:
-    """Loops with these modules imported; they end with the block, by the end of their stdin."""
-    cpus = sorted(os.sched_getaffinity(0))
+def loops_of(commands: Sequence[Sequence[str]], environ: Mapping[str, str]) -> Iterator[Floor]:
+    """Programs which speak as `floor.py` does; they end with the block, by the end of their stdin."""
     with ExitStack() as stack:
         loops = [
             stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-P", str(Path(floor.__file__)), str(cpus[core % len(cpus)]), *modules],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env={**os.environ, **ONE_THREAD},
-                )
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
             )
-            for core in range(cores)
+            for command in commands
         ]
         found = Floor(loops)
         found.await_ready()
         yield found
 
 
+@contextmanager
+def floor_of(modules: Sequence[str], cores: int) -> Iterator[Floor]:
+    """Bare fork loops with these modules imported, each pinned to a core."""
+    cpus = sorted(os.sched_getaffinity(0))
+    script = str(Path(floor.__file__))
+    commands = [(sys.executable, "-P", script, str(cpus[core % len(cpus)]), *modules) for core in range(cores)]
+    with loops_of(commands, {**os.environ, **ONE_THREAD}) as found:
+        yield found
+
+
 def measure(name: str, modules: Sequence[str], must: float, aim: float, conditions: Conditions) -> list[Figure]:
-    """The ratio for one preload; empty when one of the modules is not installed."""
+    """The ratio for one preload."""
     import herder
 
-    if not all(importlib.util.find_spec(module.partition(".")[0]) for module in modules):
-        return []
+    need_modules(*modules)
     workload = herder.Workload(f"bench-{name}", preload=tuple(modules), blas_threads=1)
     nothing = no_op()
     with floor_of(modules, conditions.cores) as bare, cluster_of_one(conditions) as (_, client):

@@ -1,0 +1,1 @@
+"""What benchmarks run inside tasks and templates. Needs nothing of Herder: any interpreter can import it."""
