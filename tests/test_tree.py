@@ -37,6 +37,10 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "agent/herder_agent/runtime/connection.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/environments.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/memory.py": "tests/agent/runtime/test_loop.py",
+    # what one task must not leave to the next, under every start method
+    "agent/herder_agent/template/baseline.py": "tests/agent/template/test_isolation.py",
+    # in a template whose memory is heavy
+    "agent/herder_agent/template/weigh.py": "tests/agent/template/test_transplant.py",
     # the parts of one step, in every history of the simulator
     "coordinator/herder_coordinator/core/apply.py": "tests/sim/test_simulation.py",
     # the client, as its users see it

@@ -85,7 +85,8 @@ def test_thread_that_was_allowed_by_mistake_is_found_out_by_the_canary() -> None
         return polars.DataFrame({"a": range(1000)}).group_by("a").agg(polars.len()).height
 
     with driver.ready(query, preload=["polars"], allow_threads=["polars*", "tokio*"]) as running:
-        assert running.ready["fork_point"] == "import polars"
+        assert running.ready["fork_point"] == "setup", "its value is mapped"
+        assert running.ready["setup_mode"] == "mapped"
         assert "a child forked after 'setup' is deadlocked" in running.ready["reason"]
         assert running.fork().run(query) == 1000
 
