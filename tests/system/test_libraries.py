@@ -28,7 +28,10 @@ LIMIT_S = 90.0
 
 
 class Library(NamedTuple):
-    """`fork_points`: where the template may fork from after `use`; `work` gets its value and the task's number."""
+    """`fork_points`: where the template may fork from after `use`; `work` gets its value and the task's number.
+
+    "setup" also where `use` is not safe to fork after: then it ran in another process, and its value is mapped.
+    """
 
     preload: tuple[str, ...]
     use: Callable[[], Any]
@@ -131,9 +134,7 @@ def use_executor() -> Any:
 LIBRARIES = {
     "numpy": Library(("numpy",), use_numpy, work_numpy, lambda index: 300.0 * index, ("setup",)),
     "scikit-learn": Library(("sklearn.ensemble",), use_sklearn, work_sklearn, lambda index: True, ("setup",)),
-    "polars": Library(
-        ("polars",), use_polars, work_polars, lambda index: index * sum(range(3_000)), ("import polars",)
-    ),
+    "polars": Library(("polars",), use_polars, work_polars, lambda index: index * sum(range(3_000)), ("setup",)),
     "pyarrow": Library(
         ("pyarrow",), use_pyarrow, work_pyarrow, lambda index: index + sum(range(3_000)), ("setup", "import pyarrow")
     ),

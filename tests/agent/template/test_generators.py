@@ -134,22 +134,23 @@ def test_generators_in_modules_and_classes_are_found_too(tmp_path: Path) -> None
     assert seeded[0] == seeded[1]
 
 
-def test_setup_that_children_replay_makes_generators_that_differ() -> None:
+@pytest.mark.parametrize(("mode", "fork_point"), [("mapped", "setup"), ("per child", "import numpy")])
+def test_generators_differ_although_setup_left_a_thread(mode: str, fork_point: str) -> None:
     def setup() -> Any:
         import threading
 
         import numpy as np
 
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-        return np.random.default_rng(42)
+        return np.random.default_rng(42), threading.Lock() if mode == "per child" else None
 
     def draw() -> float:
         import herder
 
-        return float(herder.shared().random())
+        return float(herder.shared()[0].random())
 
     with driver.ready(setup, preload=["numpy"]) as running:
-        assert running.ready["fork_point"] == "import numpy"
+        assert (running.ready["fork_point"], running.ready["setup_mode"]) == (fork_point, mode)
         assert running.fork().run(draw) != running.fork().run(draw)
 
 
