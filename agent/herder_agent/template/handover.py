@@ -29,8 +29,10 @@ class Handover:
             os.set_inheritable(self.fd, False)
 
     def publish(self, steps: preload.Preload) -> None:
-        """Publish the value, where setup ran here. Once. None is none: such a setup is for its side effects alone, which
-        only those processes have in which it runs."""
+        """Publish the value, where setup ran here. Once.
+
+        None is none: such a setup is for its side effects alone, which only those processes have in which it runs.
+        """
         if steps.setup_from != "ran" or self.fd >= 0 or self.refusal:
             return
         if steps.value is None:
