@@ -217,11 +217,14 @@ def _new_child(state: State, pool: Pool, template: Template) -> Child:
 def _hand_over(state: State, child: Child, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
     _occupy(state, child, attempt, now_s)
     reuses = child.pool.reuses
-    if child.tasks_done and child.pool.workload.spec.max_tasks_per_child == 1:
-        child.pool.workload.reused += 1
-    is_quiet = reuses and child.tasks_done > 0 and not attempt.blobs
-    slot = grant(state, attempt)
+    workload = child.pool.workload
+    if child.tasks_done and workload.spec.max_tasks_per_child == 1:
+        workload.reused += 1
     in_crowd = not reuses and len(state.queue) >= CROWD_PER_CORE * state.slots.total.cores
+    # Nobody waits to hear that it started; unless it has steps to take first, it starts at once.
+    starts_at_once = child.tasks_done > 0 if reuses else in_crowd and not workload.reason
+    is_quiet = starts_at_once and not attempt.blobs
+    slot = grant(state, attempt)
     options = attempt.options
     effects.append(SendTask(child.id, attempt.start, attempt.job_name, options, slot, reuses, is_quiet, in_crowd))
     if is_quiet:

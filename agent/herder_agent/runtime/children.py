@@ -327,7 +327,8 @@ class Children:
     def _tell_answer(self, child: Child, answer: Answer) -> None:
         self.limits.end(child.number)
         answer = self.limits.answered(child.number, answer)
-        # It has flushed before it answered.
+        # It has flushed, and removed its scratch folder, before it answered.
+        child.scratch = ""
         child.drain_output()
         logs = child.take_logs()
         if not child.reuses and child.channel is not None:

@@ -161,7 +161,7 @@ class Template:
             else:
                 self._retreat(len(taken) - 1, reason)
             return None
-        report.applied = sealed + seal.prefault(plan)
+        report.applied = sealed
         self._tell_step("seal", seconds, report)
         reason = self._opening.get("reason", "")
         if self._steps.setup_from == "mapped":

@@ -71,8 +71,6 @@ class Plan:
         nowhere.close()
         self._unused.close()
         self.rehearsal = task.Rehearsal()
-        #: The pages that a task needs come with the fork.
-        self.is_prefaulted = False
         if tasks_max != 1:
             from . import baseline  # noqa: F401 - loaded here, so that no child has to
 
@@ -86,8 +84,7 @@ def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
     try:
         _become(plan, parent, ends)
         _replay(plan)
-        if not plan.is_prefaulted:
-            plan.rehearsal.run(plan.runner)
+        plan.rehearsal.run(plan.runner)
         status = serve(plan.channel, plan.runner, plan.tasks_max)
     except BaseException:  # noqa: BLE001 - the top of a process: nothing of it may run on into the template's code
         sys.stderr.write(failures.traceback_text(sys.exc_info()[1] or RuntimeError("unknown")))
@@ -104,13 +101,6 @@ def _become(plan: Plan, parent: int, ends: Ends) -> None:
     _take_descriptors(plan.kept, ends)
     _after_fork(plan)
     plan.channel.socket = ends[0]
-
-
-def rehearse_life(plan: Plan, parent: int, ends: Ends) -> None:
-    """In a forked child: all that children do but for their left-out steps, to the last word."""
-    _become(plan, parent, ends)
-    serve(plan.channel, plan.runner, 1)
-    _wind_up()
 
 
 def warm_up(plan: Plan) -> None:

@@ -11,14 +11,13 @@ immortal) comes before `gc.freeze`, what only moves pages after it.
 
 from __future__ import annotations
 
-import _socket
 import atexit
 import gc
 import os
 import signal
 import sys
 
-from . import child, hooks, immortal, pages, rehome, system, task, transplant, weigh
+from . import child, hooks, immortal, rehome, system, task, transplant, weigh
 
 #: Heaps below this fork fast enough as they are.
 COLLAPSE_BYTES_MIN = 32 << 20
@@ -49,26 +48,6 @@ def seal(plan: child.Plan, kept: list[int]) -> list[str]:
         if folded:
             applied.append(f"{folded >> 20} MiB folded into huge pages")
     plan.account["notes"] = weigh.notes(plan.seen._value)
-    return applied
-
-
-def prefault(plan: child.Plan) -> list[str]:
-    """What each child would fault for comes with the fork, as far as a child's rehearsed life shows it. For a process
-    whose canary has sung. Returns what was done."""
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-    parent = os.getpid()
-    ours.sendall(plan.rehearsal.frame)
-
-    def live(out: int) -> None:
-        child.rehearse_life(plan, parent, (theirs, out, null))
-
-    try:
-        applied, plan.is_prefaulted = pages.settle(live)
-    finally:
-        ours.close()
-        theirs.close()
-        os.close(null)
     return applied
 
 

@@ -13,9 +13,7 @@ import resource
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MADV_COLLAPSE = 25
-MADV_COLD = 20
 HUGE_PAGE_BYTES = 2 << 20
-SMALL_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 #: Size of glibc's `FILE` on 64-bit machines; its layout is part of the ABI. The first words are its flags and pointers.
 _STREAM_BYTES = 216
 #: Badness added to a child, so that it dies of memory pressure before its template and the agent.
@@ -34,11 +32,6 @@ _munmap = _libc.munmap
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def syscall(number: int, *arguments: int) -> int:
-    """A system call by its number; -1 where it fails."""
-    return int(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments)))
 
 
 def die_with(parent: int) -> None:
@@ -174,14 +167,6 @@ def map_pages(fd: int, length: int, protection: int) -> int:
 
 def unmap_pages(address: int, length: int) -> None:
     _munmap(address, length)
-
-
-def split_huge_page(address: int) -> bool:
-    """Split the huge page around `address` into small ones, if it is one. False where the kernel cannot (before 5.4).
-
-    Advice about a part of a huge page splits it; that the part is cold means nothing without memory pressure."""
-    start = address // SMALL_PAGE_BYTES * SMALL_PAGE_BYTES
-    return bool(_madvise(start, SMALL_PAGE_BYTES, MADV_COLD) == 0)
 
 
 def collapse_huge_pages() -> int:

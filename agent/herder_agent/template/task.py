@@ -80,7 +80,8 @@ class Runner:
         """Run the task of this frame and answer it. Raises Exit, or OSError when the agent is gone."""
         pid = os.getpid()
         retry_on: Any = None
-        error: BaseException
+        error: BaseException | None = None
+        answer = b""
         used = _NOTHING_USED
         try:
             parts = self._parts(channel, head, body)
@@ -104,6 +105,7 @@ class Runner:
         except SystemExit as ended:
             raise Exit(_exit_status(ended)) from None
         except failures.Refusal as refusal:
+            self.seen.leave()
             flush_all()
             head = {"t": "error", "cause": refusal.cause, "type": "", "message": str(refusal), "traceback": ""}
             cause = refusal.__cause__
@@ -115,13 +117,13 @@ class Runner:
             raise
         except BaseException as raised:  # noqa: BLE001 - whatever the user's code raised is the task's outcome
             error = raised
-        else:
-            flush_all()
-            self._send_result(channel, answer, used)
-            return
         finally:
+            # Before the answer: who has answered has tidied up.
             self.seen.leave()
         flush_all()
+        if error is None:
+            self._send_result(channel, answer, used)
+            return
         self._send_exception(channel, error, retry_on, used)
         del error  # its traceback holds this frame
 
