@@ -20,7 +20,7 @@ from __future__ import annotations
 from math import ceil
 
 from herder_agent.core import launchers, values
-from herder_agent.core.effects import BranchTemplate, Effect, ForkChildren, Observe, ReportWorkload, StopTemplate
+from herder_agent.core.effects import BranchTemplate, Effect, ForkChildren, ReportWorkload, StopTemplate
 from herder_agent.core.state import Pool, State, Template, TemplateState, Workload
 
 CORES_EACH = 8
@@ -127,7 +127,6 @@ def ready(state: State, replica: Template, effects: list[Effect]) -> None:
     workload = replica.workload
     assert workload is not None
     replica.state = TemplateState.READY
-    effects.append(Observe("replica_added", text=f"workload {workload.spec.name!r} has {len(workload.templates)}"))
     effects.append(ReportWorkload(launchers.report_of(workload)))
     launchers.touch(state, workload.pool("fork"))
 
@@ -168,7 +167,10 @@ def begin_without(state: State, workload: Workload, now_s: float, effects: list[
     """This workload's tree is gone before it was of use: exec its template."""
     workload.template = None
     workload.has_no_parent = True
-    launchers.need_template(state, workload, now_s, effects)
+    if workload.undecided:
+        launchers.need_template(state, workload, now_s, effects)
+    for pool in workload.pools.values():
+        launchers.touch(state, pool)
 
 
 def replica_overdue(state: State, replica: Template, effects: list[Effect]) -> None:

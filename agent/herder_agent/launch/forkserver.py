@@ -32,6 +32,11 @@ def interpreter(python: str) -> list[str]:
     return [python, "-P", "-X", "utf8"]
 
 
+def open_log(log: Path) -> int:
+    """A template's log file, emptied."""
+    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
 def open_head(
     spec: WorkloadSpec | None, *, cluster: str, node: str, cloudpickle_path: str, publish: bool = False
 ) -> dict[str, object]:
@@ -113,7 +118,7 @@ class Template:
         self._log = log
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            output = open_log(log)
             try:
                 self.pid = os.posix_spawnp(
                     python,
