@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import cloudpickle
 import pytest
@@ -20,6 +21,12 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.slow, pytest.mark.module_state]
 
 WAIT_S = 60
+EAGER = """
+import sys
+if "herder_agent" in sys.orig_argv:
+    from herder_agent.core import branches
+    branches.IN_WANT = 0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +61,21 @@ def burst(client: herder.Client, name: str, count: int) -> set[int]:
     return {parent for _, parent in results}
 
 
-def test_a_template_that_cannot_feed_the_cores_gets_replicas(client: herder.Client) -> None:
-    parents = burst(client, "burst", 2000)
-    deadline_s = time.monotonic() + WAIT_S
-    while len(parents) < 2 and time.monotonic() < deadline_s:
-        parents |= burst(client, "burst", 2000)
-    infos = templates_of(client, "burst")
-    print(parents, infos)
-    assert 2 <= len(infos) <= 32 // CORES_EACH
-    assert parents <= {info.pid for info in infos}
-    assert all(info.replica for info in infos)
-    first = infos[0].pid
-    assert [parent_of(info.pid) for info in infos[1:]] == [first] * (len(infos) - 1)
+def test_a_template_that_cannot_feed_the_cores_gets_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few machines that run tests are so fast that 32 slots wait for one template: here any fork counts as waited for.
+    (tmp_path / "sitecustomize.py").write_text(EAGER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with herder.LocalCluster(cores=32) as cluster, cluster.client() as client:
+        parents = burst(client, "burst", 1000)
+        infos = templates_of(client, "burst")
+        assert 2 <= len(infos) <= 32 // CORES_EACH
+        assert len(parents) >= 2
+        assert parents <= {info.pid for info in infos}
+        assert all(info.replica for info in infos)
+        assert {parent_of(info.pid) for info in infos[1:]} == {infos[0].pid}
+        assert all(info.start_s < infos[0].start_s for info in infos[1:])
+        pids = [info.pid for info in infos]
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
 def test_a_workload_that_preloads_more_is_forked_from_one_that_has_a_part_of_it(client: herder.Client) -> None:
@@ -79,7 +89,7 @@ def test_a_workload_that_preloads_more_is_forked_from_one_that_has_a_part_of_it(
         assert info.pid == pids[-1]
         starts_s.append(info.start_s)
     assert parent_of(pids[1]) == pids[0]
-    print(starts_s)
+    assert starts_s[1] < starts_s[0]
     steps = next(iter(found(client, "tree-2").reports.values())).steps
     assert [step.step for step in steps] == ["start", "import numpy", "import numpy.testing", "canary", "seal"]
 

@@ -55,7 +55,8 @@ def _extends(workload: Workload, other: Workload) -> bool:
         and not other.demoted
         and other.method == "fork"
         and other.fork_point == f"import {old.preload[-1]}"
-        and (new.kind, new.python, new.prologue, new.working_dir) == (old.kind, old.python, old.prologue, old.working_dir)
+        and (new.kind, new.python, new.prologue, new.working_dir)
+        == (old.kind, old.python, old.prologue, old.working_dir)
         and tuple(new.paths) == tuple(old.paths)
         and tuple(new.allow_threads) == tuple(old.allow_threads)
         and dict(new.env) == dict(old.env)

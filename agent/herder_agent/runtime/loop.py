@@ -38,7 +38,15 @@ from herder_shared.errors import DataLost
 from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
 from herder_shared.limits import MIB
 from herder_shared.states import Cause
-from herder_shared.wire.messages import AttemptEnd, AttemptStart, AuditStep, NodeReport, Payload, WorkloadReport
+from herder_shared.wire.messages import (
+    AttemptEnd,
+    AttemptStart,
+    AuditStep,
+    NodeReport,
+    Payload,
+    WorkloadReport,
+    WorkloadSpec,
+)
 
 _log = logging.getLogger("herder.agent")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Branch(driver.Template):
         assert head["template"] == 7
         end, self.pidfd = parent.frames.take(2)
         self.pid: int = head["pid"]
-        self.frames = driver.Frames(driver.socket.socket(fileno=end))
+        self.frames = driver.Frames(socket.socket(fileno=end))
         self.children, self.steps, self.ready, self.values = {}, [], {}, []
         self._made, self._exited = 100, {}
 
@@ -65,7 +66,11 @@ def modules(*names: str) -> list[bool]:
 
 
 def descriptors() -> set[str]:
-    return {os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in range(3, 64) if Path(f"/proc/self/fd/{fd}").exists()}
+    return {
+        os.readlink(f"/proc/self/fd/{fd}").partition(":")[0]
+        for fd in range(3, 64)
+        if Path(f"/proc/self/fd/{fd}").exists()
+    }
 
 
 def steps_of(template: driver.Template) -> list[str]:
@@ -113,6 +118,7 @@ def test_replica_of_a_template_with_setup_has_its_value() -> None:
 def test_tree_builds_on_and_tells_all_of_its_steps(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with driver.ready(key="a", preload=["decimal"]) as parent, branch(parent, log) as tree:
+
         def setup() -> Any:
             print("said in setup")
             return sys.modules["fractions"].Fraction(1, 3)
