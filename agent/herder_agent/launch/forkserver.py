@@ -232,6 +232,9 @@ class Template:
         self._exited(self, self._said or f"the template ended ({how}). {self.log_tail()}".strip())
 
     def _reap(self) -> str:
-        _, status = os.waitpid(self.pid, 0)
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            return "reaped when all of the agent's processes were ended at once"
         number = status & 0x7F
         return f"killed by {signal.Signals(number).name}" if number else f"exit status {status >> 8 & 0xFF}"
