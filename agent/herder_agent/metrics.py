@@ -155,10 +155,10 @@ class NodeCollector(Collector):
             if name not in names and len(names) >= WORKLOAD_LABELS_MAX:
                 name = "other"
             names.add(name)
-            if workload.template is not None:
-                key = (name, workload.template.state.value)
+            for template in workload.templates:
+                key = (name, template.state.value)
                 counts[key] = counts.get(key, 0) + 1
-            elif workload.refusal is not None:
+            if not workload.templates and workload.refusal is not None:
                 counts[name, TemplateState.FAILED.value] = counts.get((name, TemplateState.FAILED.value), 0) + 1
         templates = GaugeMetricFamily("herder_templates", "Templates.", labels=["workload", "state"])
         for (name, state), count in sorted(counts.items()):

@@ -26,6 +26,15 @@ class StartTemplate:
 
 
 @dataclass(frozen=True, slots=True)
+class BranchTemplate:
+    """Have the template `parent` fork itself: a template for `workload`, its own or one that begins alike."""
+
+    template: int
+    parent: int
+    workload: WorkloadSpec
+
+
+@dataclass(frozen=True, slots=True)
 class StopTemplate:
     template: int
 
@@ -174,6 +183,7 @@ class Observe:
 
 Effect = (
     StartTemplate
+    | BranchTemplate
     | StopTemplate
     | DropValue
     | LookAtTemplate

@@ -161,6 +161,14 @@ class TemplateFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateNotBranched:
+    """The template that was to fork it could not, or is gone: it was never there."""
+
+    template: int
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateExited:
     """It is gone, asked for or not; its children are, or will be killed by the kernel."""
 
@@ -292,6 +300,7 @@ Event = (
     | TemplateStepped
     | TemplateReady
     | TemplateFailed
+    | TemplateNotBranched
     | TemplateExited
     | TemplateSeen
     | OracleDenied

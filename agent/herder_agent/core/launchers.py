@@ -14,11 +14,10 @@ from __future__ import annotations
 from math import ceil
 from typing import Literal
 
-from herder_agent.core import demand, values
+from herder_agent.core import branches, demand, values
 from herder_agent.core.attempts import add_deadline, end, move
 from herder_agent.core.effects import (
     Effect,
-    ForkChildren,
     Grant,
     LookAtTemplate,
     Observe,
@@ -116,7 +115,13 @@ def need_template(state: State, workload: Workload, now_s: float, effects: list[
     """The workload's template; started when there is none."""
     if workload.template is None:
         workload.steps = []
-        workload.template = start_template(state, workload, now_s, effects)
+        workload.has_no_replicas = False
+        stem = branches.stem_for(state, workload)
+        if stem is None:
+            workload.template = start_template(state, workload, now_s, effects)
+        else:
+            workload.template = branches.branch(state, workload, stem, now_s, effects)
+            values.limit_setup(state, workload.template, now_s)
         effects.append(ReportWorkload(report_of(workload)))
     return workload.template
 
@@ -165,15 +170,15 @@ def settle(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> Non
     if pool.method == "fork":
         template = need_template(state, pool.workload, now_s, effects)
         if template.state is TemplateState.READY:
-            children = tuple(_new_child(state, pool, template).id for _ in range(missing))
-            effects.append(ForkChildren(template.id, children))
+            branches.look_for_want(state, pool, now_s, effects)
+            branches.order_children(state, pool, missing, effects)
         return
     if values.wait_for_value(state, pool.workload, now_s, effects):
         return
     spawner = _need_spawner(state, now_s, effects)
     if spawner is not None:
         for _ in range(missing):
-            child = _new_child(state, pool, spawner)
+            child = new_child(state, pool, spawner)
             effects.append(SpawnFresh(spawner.id, child.id, pool.workload.spec))
 
 
@@ -205,7 +210,8 @@ def _reserve(state: State, pool: Pool, now_s: float) -> int:
     return FORK_RESERVE if pool.method == "fork" else max(FRESH_RESERVE, demand.reserve(state, pool, now_s))
 
 
-def _new_child(state: State, pool: Pool, template: Template) -> Child:
+def new_child(state: State, pool: Pool, template: Template) -> Child:
+    """One more is asked for of this template."""
     state.last_child += 1
     child = Child(state.last_child, pool, template.id)
     state.children[child.id] = child
@@ -252,7 +258,7 @@ def _spawn_commands(state: State, pool: Pool, now_s: float, effects: list[Effect
         return
     waiting, pool.waiting = pool.waiting, {}
     for attempt in waiting.values():
-        child = _new_child(state, pool, spawner)
+        child = new_child(state, pool, spawner)
         pool.coming -= 1
         _occupy(state, child, attempt, now_s)
         order = SpawnCommand(
@@ -281,6 +287,8 @@ def child_ready(state: State, child: Child) -> None:
     pool.coming -= 1
     child.phase = ChildPhase.IDLE
     pool.idle.append(child)
+    if pool.method == "fork":
+        branches.note_fork(pool)
     touch(state, pool)
     if child.pool.workload.refusal is not None:
         child.pool.workload.refusal = None
@@ -418,8 +426,10 @@ def look_whether_idle(state: State, workload: Workload, now_s: float, effects: l
         for pool in workload.pools.values():
             for child in list(pool.idle):
                 retire(child, effects)
+    if unused_s >= IDLE_CHILD_S:
+        branches.retire_replicas(state, workload)
     template = workload.template
-    if unused_s >= IDLE_TEMPLATE_S:
+    if unused_s >= IDLE_TEMPLATE_S and (template is None or not branches.has_branches(state, template)):
         for pool in workload.pools.values():
             for child in list(pool.idle):
                 retire(child, effects)
@@ -431,9 +441,10 @@ def look_whether_idle(state: State, workload: Workload, now_s: float, effects: l
             effects.append(ReportWorkload(report_of(workload)))
         workload.watched = False
         return
-    if template is not None and template.state is TemplateState.READY:
-        effects.append(LookAtTemplate(template.id))
+    effects.extend(LookAtTemplate(each.id) for each in workload.templates if each.state is TemplateState.READY)
     wait_s = IDLE_CHILD_S - unused_s if unused_s < IDLE_CHILD_S else IDLE_TEMPLATE_S - unused_s
+    if wait_s <= 0.0:
+        wait_s = IDLE_CHILD_S  # it has branches yet
     add_deadline(state, now_s + max(wait_s, 1.0), "idle", workload.spec.key)
 
 
@@ -445,21 +456,19 @@ def notes_of(workload: Workload) -> tuple[str, ...]:
 
 def report_of(workload: Workload) -> WorkloadReport:
     """How this workload fares here."""
-    template = workload.template
-    infos: tuple[TemplateInfo, ...] = ()
-    if template is not None:
-        words = _STATE_WORDS[template.state]
-        infos = (
-            TemplateInfo(
-                words,
-                template.pid,
-                template.start_s,
-                template.rss_bytes,
-                template.children,
-                template.shared_bytes,
-                template.private_bytes,
-            ),
+    infos = tuple(
+        TemplateInfo(
+            _STATE_WORDS[template.state],
+            template.pid,
+            template.start_s,
+            template.rss_bytes,
+            template.children,
+            template.shared_bytes,
+            template.private_bytes,
+            bool(workload.replicas),
         )
+        for template in workload.templates
+    )
     return WorkloadReport(
         key=workload.spec.key,
         name=workload.spec.name,

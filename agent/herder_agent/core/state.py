@@ -181,6 +181,8 @@ class Template:
     private_bytes: int = 0
     #: Children of it that hung.
     hung: int = 0
+    #: The template whose fork it is; 0: it was exec'd.
+    parent: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -204,6 +206,8 @@ class Pool:
     #: Seconds from slot to start, the last ones.
     starts_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     demand: Demand = field(default_factory=Demand)
+    #: Children that came since too few attempts waited to speak of want.
+    in_want: int = 0
 
     @property
     def tasks_max(self) -> int:
@@ -247,6 +251,12 @@ class Workload:
     notes: tuple[str, ...] = ()
     steps: list[AuditStep] = field(default_factory=list)
     template: Template | None = None
+    #: Forks of `template`, which fork children beside it; none without it.
+    replicas: list[Template] = field(default_factory=list)
+    #: One failed: `template` is not asked for more.
+    has_no_replicas: bool = False
+    #: Its last branch of another workload's template ended before it was ready: its next one is exec'd.
+    has_no_parent: bool = False
     tries: int = 0
     refusal: Refusal | None = None
     error: str = ""
@@ -274,6 +284,11 @@ class Workload:
     replaced_s: list[float] = field(default_factory=list)
     own_notes: list[str] = field(default_factory=list)
     node_notes: list[str] = field(default_factory=list)
+
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """Those that fork its children."""
+        return () if self.template is None else (self.template, *self.replicas)
 
     @property
     def has_setup(self) -> bool:
@@ -381,6 +396,7 @@ def check_invariants(state: State) -> None:
         assert (child.attempt is not None) == (child.phase is ChildPhase.BUSY), child
         assert (child in child.pool.idle) == (child.phase is ChildPhase.IDLE), child
     for workload in state.workloads.values():
+        assert workload.template is not None or not workload.replicas
         assert workload.queued == sum(1 for a in state.queue.values() if a.workload is workload)
         for pool in workload.pools.values():
             mine = [c for c in state.children.values() if c.pool is pool]

@@ -10,7 +10,7 @@ import signal
 from heapq import heappop
 from typing import assert_never
 
-from herder_agent.core import launchers, values, watch
+from herder_agent.core import branches, launchers, values, watch
 from herder_agent.core.attempts import (
     EXIT_GRACE_S,
     accept,
@@ -60,6 +60,7 @@ from herder_agent.core.events import (
     OracleDenied,
     TemplateExited,
     TemplateFailed,
+    TemplateNotBranched,
     TemplateReady,
     TemplateSeen,
     TemplateStepped,
@@ -148,7 +149,7 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
             _child_fork_failed(state, event, now_s, effects)
         case ChildSetupFailed():
             _child_setup_failed(state, event, now_s, effects)
-        case TemplateStepped() | TemplateReady() | TemplateFailed() | TemplateExited():
+        case TemplateStepped() | TemplateReady() | TemplateFailed() | TemplateNotBranched() | TemplateExited():
             _take_template(state, event, now_s, effects)
         case Connected():
             _connected(state, event, effects)
@@ -411,7 +412,7 @@ def _memory_seen(state: State, event: MemorySeen, effects: list[Effect]) -> None
 
 def _take_template(
     state: State,
-    event: TemplateStepped | TemplateReady | TemplateFailed | TemplateExited,
+    event: TemplateStepped | TemplateReady | TemplateFailed | TemplateNotBranched | TemplateExited,
     now_s: float,
     effects: list[Effect],
 ) -> None:
@@ -428,14 +429,18 @@ def _take_template(
             template.shared_bytes, template.private_bytes = event.shared_bytes, event.private_bytes
             if workload is None:
                 template.state = TemplateState.READY
+            elif template in workload.replicas:
+                branches.ready(state, template, effects)
             elif template is workload.publisher:
                 effects.extend(values.published(state, workload, template, event))
             else:
                 _template_ready(state, workload, event, effects)
         case TemplateFailed():
             template.state = TemplateState.FAILED
-            if workload is not None:
+            if workload is not None and template not in workload.replicas:
                 launchers.start_failed(state, workload, event.cause, event.message, event.traceback, now_s, effects)
+        case TemplateNotBranched():
+            branches.not_branched(state, template, now_s, effects)
         case TemplateExited():
             _template_exited(state, event, now_s, effects)
 
@@ -449,6 +454,7 @@ def _template_ready(state: State, workload: Workload, event: TemplateReady, effe
     values.note_setup(workload, event)
     workload.immortal_objects, workload.immortal_off = event.immortal_objects, event.immortal_off
     workload.notes = event.notes
+    workload.has_no_parent = False
     if event.start == "fork":
         template.state = TemplateState.READY
     else:
@@ -479,9 +485,13 @@ def _template_exited(state: State, event: TemplateExited, now_s: float, effects:
         add_deadline(state, state.spawner_retry_s, "spawner", template.id)
     if workload is not None and workload.publisher is template:
         workload.publisher = None
-    elif workload is None or workload.template is not template:
+    elif branches.replica_gone(state, template, effects) or workload is None or workload.template is not template:
+        return
+    elif branches.is_unfinished_tree(template):
+        branches.begin_without(state, workload, now_s, effects)
         return
     else:
+        branches.retire_replicas(state, workload)  # they die with it
         workload.template = None
     if was is TemplateState.STARTING:
         message = event.message or "the template ended while it started"

@@ -9,7 +9,7 @@ are then used again, so that it is not made for each task.
 
 from __future__ import annotations
 
-from herder_agent.core import launchers
+from herder_agent.core import branches, launchers
 from herder_agent.core.attempts import add_deadline
 from herder_agent.core.effects import DropValue, Effect, ReportWorkload, SignalChild, StopTemplate
 from herder_agent.core.events import TemplateReady
@@ -76,6 +76,9 @@ def setup_due(state: State, number: int, now_s: float, effects: list[Effect]) ->
     if template is None or template.workload is None or template.state is not TemplateState.STARTING:
         return
     workload = template.workload
+    if template in workload.replicas:
+        branches.replica_overdue(state, template, effects)
+        return
     template.state = TemplateState.FAILED
     effects.append(StopTemplate(template.id))
     launchers.start_failed(state, workload, Cause.SETUP_FAILED, _overdue(workload), "", now_s, effects)

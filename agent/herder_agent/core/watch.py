@@ -21,7 +21,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass, field
 
-from herder_agent.core import launchers
+from herder_agent.core import branches, launchers
 from herder_agent.core.effects import Effect, Observe, ReportWorkload, SignalChild, StopTemplate
 from herder_agent.core.events import ChildHung, OracleDenied, TemplateSeen
 from herder_agent.core.state import Phase, State, Template, TemplateState, Workload
@@ -149,7 +149,7 @@ def oracle_denied(state: State, event: OracleDenied, effects: list[Effect]) -> N
 def template_seen(state: State, event: TemplateSeen, now_s: float, effects: list[Effect]) -> None:
     """Compare a template with what it was when it was sealed."""
     template = state.templates.get(event.template)
-    if template is None or template.workload is None or template.workload.template is not template:
+    if template is None or template.workload is None or template not in template.workload.templates:
         return
     template.shared_bytes, template.private_bytes = event.shared_bytes, event.private_bytes
     if template.sealed is None:
@@ -176,7 +176,7 @@ def replace(  # noqa: PLR0917 - the core's functions all take state, subject, ti
 ) -> None:
     """Let a workload have a new template, if it has not had too many."""
     workload = template.workload
-    if workload is None or workload.template is not template:
+    if workload is None or template not in workload.templates:
         return
     workload.replaced_s = [at_s for at_s in workload.replaced_s if now_s - at_s < REPLACED_WITHIN_S]
     if len(workload.replaced_s) >= REPLACED_MAX:
@@ -194,12 +194,22 @@ def replace(  # noqa: PLR0917 - the core's functions all take state, subject, ti
 
 
 def retire_template(state: State, workload: Workload, effects: list[Effect]) -> None:
-    """No more forks from the workload's template. It is stopped when its running children have ended."""
+    """No more forks from the workload's templates. Each is stopped when its running children have ended, and those of
+    its branches; the branches of other workloads that serve retire, too."""
     template = workload.template
-    if template is not None:
-        workload.template = None
-        state.retiring[template.id] = template
-        _retire_children(template, effects)
+    branches.retire_replicas(state, workload)
+    if template is None:
+        return
+    workload.template = None
+    state.retiring[template.id] = template
+    for branch in branches.branches_of(state, template):
+        other = branch.workload
+        if other is not None and other.template is branch and branch.state is TemplateState.READY:
+            retire_template(state, other, effects)
+            for pool in other.pools.values():
+                launchers.touch(state, pool)
+            effects.append(ReportWorkload(launchers.report_of(other)))
+    _retire_children(template, effects)
 
 
 def _retire_children(template: Template, effects: list[Effect]) -> None:
@@ -213,7 +223,7 @@ def settle(state: State, effects: list[Effect]) -> None:
     """End the idle children of retiring templates, and those templates that have no child left."""
     for template in list(state.retiring.values()):
         _retire_children(template, effects)
-        if not template.children or template.id not in state.templates:
+        if template.id not in state.templates or not (template.children or branches.has_branches(state, template)):
             del state.retiring[template.id]
             template.state = TemplateState.STOPPED
             effects.append(StopTemplate(template.id))

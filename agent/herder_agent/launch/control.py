@@ -80,6 +80,16 @@ class Forked(_Head, frozen=True, tag="forked"):
     fds: int = 4
 
 
+class Branched(_Head, frozen=True, tag="branched"):
+    template: int
+    pid: int
+
+
+class BranchFailed(_Head, frozen=True, tag="branch_failed"):
+    template: int
+    message: str = ""
+
+
 class ForkFailed(_Head, frozen=True, tag="fork_failed"):
     child: int
     message: str = ""
@@ -156,7 +166,7 @@ class Error(_Head, frozen=True, tag="error"):
     last: bool = False
 
 
-FromTemplate = Step | Ready | Failed | Forked | ForkFailed | Exited | Stats | Log
+FromTemplate = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stats | Log
 FromChild = Idle | Failed | Started | Result | Error
 
 from_template: msgspec.json.Decoder[FromTemplate] = msgspec.json.Decoder(FromTemplate)
@@ -172,6 +182,8 @@ def descriptors_of(head: object) -> int:
         return head.fds
     if isinstance(head, Ready):
         return int(head.value)
+    if isinstance(head, Branched):
+        return 2
     return 1 if isinstance(head, Result) and head.blob else 0
 
 

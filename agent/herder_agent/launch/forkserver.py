@@ -32,6 +32,11 @@ def interpreter(python: str) -> list[str]:
     return [python, "-P", "-X", "utf8"]
 
 
+def open_log(log: Path) -> int:
+    """A template's log file, emptied."""
+    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
 def open_head(
     spec: WorkloadSpec | None, *, cluster: str, node: str, cloudpickle_path: str, publish: bool = False
 ) -> dict[str, object]:
@@ -100,6 +105,8 @@ class Template:
         self._log = Path()
         self._said = ""
         self._kill_timer: asyncio.TimerHandle | None = None
+        #: Another template's fork, which that one reaps.
+        self._is_branch = False
 
     def start(self, environment: dict[str, str], log: Path, opening: dict[str, object]) -> None:
         """Exec it and tell it what to become. Takes about a millisecond of the main thread.
@@ -111,7 +118,7 @@ class Template:
         self._log = log
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            output = open_log(log)
             try:
                 self.pid = os.posix_spawnp(
                     python,
@@ -134,8 +141,18 @@ class Template:
             raise
         finally:
             theirs.close()
-        self._pidfd = os.pidfd_open(self.pid)
-        self._loop.add_reader(self._pidfd, self._ended)
+        self._attend(ours, os.pidfd_open(self.pid), opening)
+
+    def adopt(self, pid: int, end: int, pidfd: int, log: Path, opening: dict[str, object]) -> None:
+        """Another template has forked it: take its control socket and its pidfd, and tell it what to become."""
+        self.pid = pid
+        self._log = log
+        self._is_branch = True
+        self._attend(socket.socket(fileno=end), pidfd, opening)
+
+    def _attend(self, ours: socket.socket, pidfd: int, opening: dict[str, object]) -> None:
+        self._pidfd = pidfd
+        self._loop.add_reader(pidfd, self._ended)
         self._channel = Channel(self._loop, ours, from_template, self._took, self._closed, self._poller)
         setup = (self.spec.setup or b"") if self.spec is not None else b""
         self._channel.send(opening, [setup] if setup else [])
@@ -211,10 +228,13 @@ class Template:
         self._pidfd = -1
         if self._kill_timer is not None:
             self._kill_timer.cancel()
-        _, status = os.waitpid(self.pid, 0)
-        message = self._said
-        if not message:
-            number = status & 0x7F
-            how = f"killed by {signal.Signals(number).name}" if number else f"exit status {status >> 8 & 0xFF}"
-            message = f"the template ended ({how}). {self.log_tail()}".strip()
-        self._exited(self, message)
+        how = "a fork of another template, which may have ended" if self._is_branch else self._reap()
+        self._exited(self, self._said or f"the template ended ({how}). {self.log_tail()}".strip())
+
+    def _reap(self) -> str:
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            return "reaped when all of the agent's processes were ended at once"
+        number = status & 0x7F
+        return f"killed by {signal.Signals(number).name}" if number else f"exit status {status >> 8 & 0xFF}"

@@ -38,7 +38,15 @@ from herder_shared.errors import DataLost
 from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
 from herder_shared.limits import MIB
 from herder_shared.states import Cause
-from herder_shared.wire.messages import AttemptEnd, AttemptStart, AuditStep, NodeReport, Payload, WorkloadReport
+from herder_shared.wire.messages import (
+    AttemptEnd,
+    AttemptStart,
+    AuditStep,
+    NodeReport,
+    Payload,
+    WorkloadReport,
+    WorkloadSpec,
+)
 
 _log = logging.getLogger("herder.agent")
 
@@ -117,6 +125,8 @@ class AgentLoop:
         self._scratch = place.state_dir.absolute() / "scratch"
         self._values = fresh.Values()
         self._templates: dict[int, forkserver.Template] = {}
+        #: Asked for of the template of this number, and not there yet.
+        self._branching: dict[int, int] = {}
         self._pending: deque[events.Event] = deque()
         self._is_stepping = False
         self._timer: asyncio.TimerHandle | None = None
@@ -194,6 +204,8 @@ class AgentLoop:
                 self.children.drop(effect.child)
             case fx.StartTemplate():
                 self._start_template(effect)
+            case fx.BranchTemplate():
+                self._branch_template(effect)
             case fx.StopTemplate():
                 if (template := self._templates.get(effect.template)) is not None:
                     template.stop()
@@ -321,39 +333,22 @@ class AgentLoop:
 
     def _start_template(self, effect: fx.StartTemplate) -> None:
         spec = effect.workload
-        template = forkserver.Template(
-            effect.template,
-            spec,
-            loop=self.loop,
-            poller=self.poller,
-            received=self._template_said,
-            exited=self._template_exited,
-        )
-        self._templates[effect.template] = template
+        template = self._new_template(effect.template, spec)
 
         def with_environment(environment: dict[str, str]) -> None:
             if effect.template not in self._templates:
                 return
-            name = spec.key if spec is not None else "spawner"
-            opening = forkserver.open_head(
-                spec,
-                cluster=self.place.cluster,
-                node=self.state.node,
-                cloudpickle_path=self._cloudpickle,
-                publish=effect.publish,
-            )
+            opening = self._opening_of(spec, effect.publish)
             try:
                 kind = "publisher" if effect.publish else "template"
-                template.start(environment, self.place.state_dir / "logs" / f"{kind}-{name}.log", opening)
+                template.start(environment, self._log_of(spec, kind), opening)
             except OSError as error:
                 without(
                     f"the interpreter {(spec.python if spec else None) or 'of the agent'} cannot be started: {error}"
                 )
                 return
             self.reaper.known.add(template.pid)
-            if spec is not None and spec.memory_bytes:
-                over = partial(self._template_over, template)
-                self._template_watch.add(template.pid, spec.memory_bytes, lambda: not template.is_ready, over)
+            self._limit_memory(template)
 
         def without(message: str) -> None:
             self._templates.pop(effect.template, None)
@@ -363,6 +358,72 @@ class AgentLoop:
             self.dispatch(events.TemplateExited(effect.template, message))
 
         self.environments.get(spec, with_environment, without)
+
+    def _new_template(self, number: int, spec: WorkloadSpec | None) -> forkserver.Template:
+        template = self._templates[number] = forkserver.Template(
+            number,
+            spec,
+            loop=self.loop,
+            poller=self.poller,
+            received=self._template_said,
+            exited=self._template_exited,
+        )
+        return template
+
+    def _opening_of(self, spec: WorkloadSpec | None, publish: bool = False) -> dict[str, object]:
+        return forkserver.open_head(
+            spec,
+            cluster=self.place.cluster,
+            node=self.state.node,
+            cloudpickle_path=self._cloudpickle,
+            publish=publish,
+        )
+
+    def _log_of(self, spec: WorkloadSpec | None, kind: str = "template") -> Path:
+        name = spec.key if spec is not None else "spawner"
+        return self.place.state_dir / "logs" / f"{kind}-{name}.log"
+
+    def _limit_memory(self, template: forkserver.Template) -> None:
+        spec = template.spec
+        if spec is not None and spec.memory_bytes:
+            over = partial(self._template_over, template)
+            self._template_watch.add(template.pid, spec.memory_bytes, lambda: not template.is_ready, over)
+
+    def _branch_template(self, effect: fx.BranchTemplate) -> None:
+        """Have a template fork itself. A replica writes where its parent does, a tree to its workload's own log."""
+        self._new_template(effect.template, effect.workload)
+        parent = self._templates.get(effect.parent)
+        if parent is None:
+            self._not_branched(effect.template, "the template that was to fork it is gone")
+            return
+        self._branching[effect.template] = effect.parent
+        is_replica = parent.spec is not None and parent.spec.key == effect.workload.key
+        try:
+            log = [] if is_replica else [forkserver.open_log(self._log_of(effect.workload))]
+        except OSError as error:
+            self._not_branched(effect.template, f"its log file cannot be opened: {error}")
+            return
+        parent.send({"t": "branch", "template": effect.template, "log": bool(log)}, log)
+        for fd in log:
+            os.close(fd)
+
+    def _branched(self, head: control.Branched, descriptors: list[int]) -> None:
+        end, pidfd = descriptors
+        template = self._templates.get(head.template)
+        self._branching.pop(head.template, None)
+        if template is None or self._is_closing:
+            os.close(end)  # which ends it
+            os.close(pidfd)
+            return
+        template.adopt(head.pid, end, pidfd, self._log_of(template.spec), self._opening_of(template.spec))
+        self._limit_memory(template)
+        if template.is_stopping:
+            template.stop()
+
+    def _not_branched(self, number: int, message: str) -> None:
+        self._branching.pop(number, None)
+        if self._templates.pop(number, None) is not None:
+            self.dispatch(events.TemplateNotBranched(number, message))
 
     def _order(self, number: int, head: dict[str, object], descriptors: Sequence[int] = ()) -> None:
         template = self._templates.get(number)
@@ -376,6 +437,11 @@ class AgentLoop:
                 child = self.children.forked(template, head, descriptors)
                 self.dispatch(events.ChildForked(head.child, head.pid))
                 self.children.begin(child, partial(self._open_fresh, child))
+            case control.Branched():
+                self._branched(head, descriptors)
+            case control.BranchFailed():
+                _log.warning("template %d: %s", number, head.message)
+                self._not_branched(head.template, head.message)
             case control.Exited():
                 self.children.exited(head)
             case control.ForkFailed():
@@ -432,8 +498,11 @@ class AgentLoop:
             self._templates_gone.set()
         if not template.is_stopping and not self._is_closing:
             _log.warning("%s", message)
+        for branch in [branch for branch, parent in self._branching.items() if parent == template.number]:
+            self._not_branched(branch, message)
         self.dispatch(events.TemplateExited(template.number, message))
         self.children.drop_all_of(template.number)
+        self._sweep_soon()  # branches which died with it
 
     def _look_at_template(self, number: int) -> None:
         template = self._templates.get(number)

@@ -18,6 +18,7 @@ from . import audit, canary, child, cures, handover, life, objects, preload, reh
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     from collections.abc import Callable
     from typing import Any, NoReturn
 
@@ -26,9 +27,17 @@ LIVES_MAX = 4
 
 
 class Template:
-    """Builds a workload's template in this process."""
+    """Builds a workload's template in this process.
 
-    def __init__(self, channel: wire.Channel, opening: dict[str, Any], setup: bytes) -> None:
+    `stem`: the template whose fork this process is, and whose steps are the first of this one's.
+    """
+
+    plan: child.Plan
+    become_child: Callable[[int, child.Ends], NoReturn]
+
+    def __init__(
+        self, channel: wire.Channel, opening: dict[str, Any], setup: bytes, stem: Template | None = None
+    ) -> None:
         self._channel = channel
         self._opening = opening
         self._workload: dict[str, Any] = opening["workload"]
@@ -41,6 +50,31 @@ class Template:
         self._locks = objects.held_locks()
         self._start = self._workload.get("start", "auto")
         self._published = handover.Handover(opening)
+        #: What was told of the steps taken, for branches; and what `ready` said.
+        self._told: list[dict[str, Any]] = []
+        self.how: dict[str, Any] = {}
+        if stem is not None:
+            self._continue(stem)
+
+    @property
+    def key(self) -> str:
+        """Of its workload."""
+        return str(self._workload.get("key", ""))
+
+    def _continue(self, stem: Template) -> None:
+        """Take over what the stem has done: this process is its fork."""
+        self._own -= {kept.fd for kept in stem.plan.kept}
+        self._seen, self._cures, self._locks = stem._seen, stem._cures, stem._locks
+        self._steps = preload.Preload(self._opening, self._setup, self._seen)
+        self._reports = list(stem._reports)
+        for head in stem._told:
+            self._tell(head)
+
+    def become_branch(self, parent: int, end: _socket.socket, log: int) -> NoReturn:
+        """In a fork of this process: a template of its own."""
+        from . import branch
+
+        branch.become(self, parent, end, log)
 
     def build(self) -> Callable[[int, child.Ends], NoReturn] | None:
         """Take the steps. Returns what a forked child is to become, or None when the agent was told that none can
@@ -54,7 +88,7 @@ class Template:
         names = self._steps.names
         count = self._opening.get("until", len(names))
         try:
-            for name in names[:count]:
+            for name in names[len(self._reports) : count]:
                 self._take(name)
         except preload.Broken as broken:
             self._channel.send({"t": "failed", **broken.head})
@@ -88,8 +122,14 @@ class Template:
             "findings": [finding.encode() for finding in report.findings],
             "applied": report.applied,
         }
-        if "until" not in self._opening or name in ("canary", "seal"):
+        if name in ("canary", "seal"):
             self._channel.send(head)
+        elif "until" not in self._opening:
+            self._tell(head)
+
+    def _tell(self, head: dict[str, Any]) -> None:
+        self._told.append(head)
+        self._channel.send(head)
 
     def _step_back(self, names: list[str]) -> None:
         """The last step made this process unsafe: begin anew without it, or say that there is no safe state."""
@@ -177,8 +217,10 @@ class Template:
         how["fork_cost_s"] = canary.fork_cost_s()
         how["shared"] = rehome.moved.size_bytes
         account = {**plan.account, **self._published.tell(self._steps, rest)}
+        self.plan, self.how = plan, {**how, **account, "value_fd": -1}
+        self.become_child = functools.partial(child.run_forked, plan)
         life.send_ready(self._channel, self._opening, {**how, **account})
-        return functools.partial(child.run_forked, plan)
+        return self.become_child
 
     def _tell_fresh(self, reason: str) -> None:
         python = preload.python_tag() if "cloudpickle" in sys.modules else ""

@@ -231,7 +231,7 @@ def _take_descriptors(kept: list[Kept], ends: Ends) -> None:
     for fd in sorted([own, *(each.fd for each in kept)]) if kept else (own,):
         os.closerange(low, fd)
         low = fd + 1
-    os.closerange(low, _DESCRIPTORS_END)
+    os.closerange(low, DESCRIPTORS_END)
     for each in kept:
         if each.reopen:
             _reopen(each)
@@ -309,4 +309,4 @@ def _end_multiprocessing() -> None:
             child.terminate()
 
 
-_DESCRIPTORS_END = 1 << 20
+DESCRIPTORS_END = 1 << 20

@@ -53,9 +53,10 @@ def _become(channel: wire.Channel, opening: dict[str, Any], setup: bytes) -> Non
     hooks.watch()
     from . import build
 
-    become_child = build.Template(channel, opening, setup).build()
+    template = build.Template(channel, opening, setup)
+    become_child = template.build()
     if become_child is not None:
-        serve.Server(channel, become_child).run()
+        serve.Server(channel, become_child, template.become_branch).run()
 
 
 def _settle() -> None:

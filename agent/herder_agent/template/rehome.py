@@ -138,7 +138,11 @@ def _movable(moved: Moved) -> list[_Block]:
     if not counted[0]:
         return []
     blocks = [block for region in _regions() for block in _blocks_in(*region)]
-    found = (len(blocks), sum(block.end - block.start for block in blocks))
+    # In a branch some were moved before it was forked.
+    found = (
+        len(blocks) + moved.blocks,
+        sum(block.end - block.start for block in blocks) + moved.size_bytes,
+    )
     if found[0] != counted[0] or (found[1] - counted[1]) % (1 << 32):
         moved.off = f"glibc counts {counted[0]} mapped blocks of {counted[1]} bytes, found are {found[0]} of {found[1]}"
         return []

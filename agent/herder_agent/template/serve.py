@@ -86,16 +86,23 @@ class Ends:
 
 
 class Server:
-    """Serves `fork`, `exec`, `kill`, `stats`, `exit`.
+    """Serves `fork`, `branch`, `exec`, `kill`, `stats`, `exit`.
 
-    `become_child` is what a forked child does, given its parent and its socket and pipes; None in a spawner.
+    `become_child` is what a forked child does, given its parent and its socket and pipes; `become_branch` what a branch
+    does, given its parent, its control socket and its output (-1: as here). None in a spawner.
     """
 
     def __init__(
-        self, channel: wire.Channel, become_child: Callable[[int, tuple[_socket.socket, int, int]], NoReturn] | None
+        self,
+        channel: wire.Channel,
+        become_child: Callable[[int, tuple[_socket.socket, int, int]], NoReturn] | None,
+        become_branch: Callable[[int, _socket.socket, int], NoReturn] | None = None,
     ) -> None:
         self._channel = channel
         self._become_child = become_child
+        self._become_branch = become_branch
+        #: Pids of branches by their pidfds.
+        self._branches: dict[int, int] = {}
         self._pid = os.getpid()
         self._poll = select.epoll()
         self._poll.register(channel.socket.fileno(), select.EPOLLIN)
@@ -124,6 +131,8 @@ class Server:
                             return
                     elif fd in self._by_fd:
                         self._attend(fd, self._by_fd[fd])
+                    elif fd in self._branches:
+                        self._reap_branch(fd)
                 self._settle_ended()
                 self._send_unsent()
         except (BrokenPipeError, ConnectionResetError, wire.BrokenFrame):
@@ -143,6 +152,8 @@ class Server:
                     self._fork_all(head)
                 case "exec":
                     self._exec(head)
+                case "branch":
+                    self._branch(head)
                 case "kill":
                     self._kill(head)
                 case "stats":
@@ -194,6 +205,43 @@ class Server:
                 become_child(parent, (ends.far, ends.theirs[0], ends.theirs[1]))
             forked.append((id, ends, pid))
         self._announce([self._adopt(child, ends, pid, -1) for child, ends, pid in forked])
+
+    def _branch(self, head: dict[str, Any]) -> None:
+        """Fork a template."""
+        number = head["template"]
+        log = self._channel.take_descriptors(1)[0] if head.get("log") else -1
+        near = far = None
+        try:
+            near, far = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+            if self._become_branch is None:
+                raise OSError(0, "a spawner has no workload")
+            gc.freeze()
+            pid = os.fork()
+            if pid == 0:
+                self._become_branch(self._pid, far, log)
+            pidfd = os.pidfd_open(pid)
+            self._known.add(pid)
+            self._branches[pidfd] = pid
+            self._poll.register(pidfd, select.EPOLLIN)
+            self._send_unsent()
+            self._channel.send({"t": "branched", "template": number, "pid": pid}, b"", [near.fileno(), pidfd])
+        except OSError as error:
+            if isinstance(error, (BrokenPipeError, ConnectionResetError)):
+                raise
+            self._send({"t": "branch_failed", "template": number, "message": f"cannot fork: {error.strerror}"})
+        finally:
+            for end in (near, far):
+                if end is not None:
+                    end.close()
+            if log >= 0:
+                os.close(log)
+
+    def _reap_branch(self, pidfd: int) -> None:
+        pid = self._branches.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        os.waitpid(pid, 0)
+        self._known.discard(pid)
 
     def _exec(self, head: dict[str, Any]) -> None:
         stdin = self._channel.take_descriptors(1)[0] if head.get("stdin") else -1
