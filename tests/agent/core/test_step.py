@@ -181,7 +181,7 @@ def test_end_is_reported_with_the_answer_and_the_slot_is_held_until_nothing_is_l
 
 def test_queued_attempts_take_slots_in_their_order() -> None:
     machine = Machine(cores=1)
-    machine.order(1, 2, 3)
+    machine.order(1, 2)
     machine.ready()
     assert [type(e).__name__ for e in machine.forked(1)] == ["SendTask", "ForkChildren"]
     machine.take(ev.ChildStarted(1))
@@ -189,6 +189,21 @@ def test_queued_attempts_take_slots_in_their_order() -> None:
     machine.forked(2)
     machine.take(ev.ChildExited(1, CLEAN))
     assert machine.take(ev.LeftoversGone())[0] == send(2, 2)
+
+
+def test_in_a_crowd_a_forked_child_is_heard_of_at_its_end_and_taken_to_have_started() -> None:
+    machine = Machine(cores=1)
+    machine.order(1, 2, 3)
+    machine.ready()
+    first = machine.forked(1)
+    (sent,) = [effect for effect in first if isinstance(effect, fx.SendTask)]
+    assert (sent.in_crowd, sent.is_quiet) == (True, True)
+    assert fx.ReportStarted(ident(1)) in first
+    machine.take(ev.ChildAnswered(1, ONE))
+    machine.forked(2)
+    machine.take(ev.ChildExited(1, CLEAN))
+    (sent,) = [effect for effect in machine.take(ev.LeftoversGone()) if isinstance(effect, fx.SendTask)]
+    assert (sent.in_crowd, sent.is_quiet) == (False, False)
 
 
 def test_answered_attempt_is_neither_reported_twice_nor_listed_as_running() -> None:
