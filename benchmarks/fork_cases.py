@@ -314,21 +314,24 @@ def numba_work(index: int, _shared: Any) -> None:
 
 
 def _numba_sum() -> Any:
-    global _compiled  # compiled in setup once, and then inherited
+    global _compiled, numba  # compiled in setup, and then inherited; else read from this row's cache
     if _compiled is None:
         import numba
 
-        def total(values: Any) -> Any:
-            found = 0.0
-            for n in numba.prange(len(values)):
-                found += values[n]
-            return found
-
-        _compiled = numba.njit(parallel=True)(total)
+        numba.config.CACHE_DIR = _own_file("numba")
+        _compiled = numba.njit(parallel=True, cache=True)(_total)
     return _compiled
 
 
 _compiled: Any = None
+numba: Any = None
+
+
+def _total(values: Any) -> float:
+    found = 0.0
+    for n in numba.prange(len(values)):
+        found += values[n]
+    return found
 
 
 def _ones() -> Any:

@@ -241,8 +241,8 @@ def _reopen(kept: Kept) -> None:
     try:
         fd = os.open(f"/proc/self/fd/{kept.fd}", kept.flags)
     except OSError:
-        # Deleted since, or not readable again: better none than a shared offset.
-        os.close(kept.fd)
+        # Deleted since, or not readable again: better none than a shared offset. Or closed by its library's fork hook.
+        os.closerange(kept.fd, kept.fd + 1)
         return
     os.lseek(fd, kept.offset, os.SEEK_SET)
     os.dup2(fd, kept.fd, inheritable=False)

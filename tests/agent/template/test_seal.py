@@ -88,3 +88,13 @@ def test_a_file_that_only_garbage_still_held_open_is_no_matter() -> None:
     with driver.ready(leave_garbage) as running:
         child = running.fork()
         assert child.run(os.getpid) == child.pid
+
+
+def test_a_file_that_its_librarys_hook_closes_at_the_fork_is_no_matter() -> None:
+    def open_and_promise() -> None:
+        file = open(os.__file__, "rb")  # noqa: SIM115
+        os.register_at_fork(after_in_child=file.close)
+
+    with driver.ready(open_and_promise) as running:
+        child = running.fork()
+        assert child.run(os.getpid) == child.pid
