@@ -19,7 +19,7 @@ import os
 import sys
 import time
 
-from . import build, child, failures, hooks, life, seal, serve, system, wire
+from . import build, child, failures, hooks, life, serve, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def _replicate(stem: build.Template, channel: wire.Channel, opening: dict[str, A
     """Nothing has changed since the parent was sealed but that this is another process."""
     hooks.leave_out()
     gc.freeze()
-    seal.prefault(stem.plan)
     life.send_ready(channel, opening, dict(stem.how))
 
 
