@@ -1,10 +1,11 @@
 """Eight tasks read all of `setup`'s value at the same time: how much memory beyond one copy of it?
 
 The value is 1 GB of arrays and 300 MB of Python objects (tuples of mixed objects). Each task sums every array and reads
-every object, then stays, until all have. The measure is the sum of Pss (each page divided by the number of processes
-that map it, so that none is counted twice or left out, memfds included) and of the page tables, over the agent and
-everything below it, with all eight there less with none; the fall of the kernel's own MemAvailable stands beside it.
-Both include what a process costs anyway. Divided by the size of one copy.
+every object, then stays, until all have. The measure is taken with all eight there, less with none: over the agent and
+everything below it the sum of Pss of anonymous and file pages (each page divided by the number of processes that map
+it, so that none is counted twice) and of page tables, and the kernel's Shmem, where each page of a memory file is
+counted once, mapped or not: one copy of the value is in both, and goes. The fall of the kernel's own MemAvailable
+stands beside it. Both include what a process costs anyway. Divided by the size of one copy.
 
 Needs Python 3.12 or newer, where objects can be made immortal, with numpy: `--python`, else this interpreter, else one
 on `PATH` or below pyenv.
@@ -53,10 +54,10 @@ def measure(conditions: Conditions) -> list[Figure]:
         agent = next(process.pid for name, process in cluster.processes.items() if name != "coordinator")
         array_bytes, object_bytes = client.submit(in_tasks.sizes).result()
         time.sleep(SETTLE_S)
-        base, free_before = tree_bytes(agent), available_bytes()
+        base, free_before = tree_bytes(agent) + shared_bytes(), available_bytes()
         futures = [client.submit(in_tasks.read_all, folder, index) for index in range(TASKS)]
         _await_readers(folder)
-        extra, fallen = tree_bytes(agent) - base, free_before - available_bytes()
+        extra, fallen = tree_bytes(agent) + shared_bytes() - base, free_before - available_bytes()
         Path(folder, "gate").touch()
         answers = {future.result(RUN_TIMEOUT_S) for future in futures}
         method = futures[0].usage().start_method
@@ -94,7 +95,7 @@ def find_python() -> str:
 
 
 def tree_bytes(pid: int) -> int:
-    """Pss and page tables of this process and of all below it."""
+    """Pss of all but memory files, and page tables, of this process and of all below it."""
     return sum(_process_bytes(each) for each in (pid, *descendants(pid)))
 
 
@@ -116,10 +117,15 @@ def descendants(pid: int) -> list[int]:
 
 def _process_bytes(pid: int) -> int:
     try:
-        pss = _kib(f"/proc/{pid}/smaps_rollup", "Pss:")
+        pss = sum(_kib(f"/proc/{pid}/smaps_rollup", f"Pss_{kind}:") for kind in ("Anon", "File"))
         return 1024 * (pss + _kib(f"/proc/{pid}/status", "VmPTE:"))
     except OSError:
         return 0  # it has ended
+
+
+def shared_bytes() -> int:
+    """All memory files and the like on this machine."""
+    return 1024 * _kib("/proc/meminfo", "Shmem:")
 
 
 def available_bytes() -> int:
