@@ -602,8 +602,42 @@ def fork_naively(case: Case, forks: int, limit_s: float) -> list[str]:
             _work_and_leave(case, index, shared, write)
         os.close(write)
         children[pid] = read
-    ends_s = time.monotonic() + limit_s
-    return [_end_of(pid, read, ends_s) for pid, read in children.items()]
+    statuses = _await_all(list(children), limit_s)
+    return [_end_of(statuses[pid], pipe) for pid, pipe in children.items()]
+
+
+def _await_all(pids: list[int], limit_s: float) -> dict[int, int | None]:
+    """Wait status of each; None for those which used no processor time for `limit_s`, or never ended: they are
+    killed."""
+    statuses: dict[int, int | None] = {}
+    ends_s = time.monotonic() + 10 * limit_s
+    seen = dict.fromkeys(pids, (-1, 0.0))
+    while len(statuses) < len(pids):
+        for pid in pids:
+            if pid in statuses:
+                continue
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            used, since_s = _cpu_ticks(pid), time.monotonic()
+            if used == seen[pid][0]:
+                since_s = seen[pid][1]
+            seen[pid] = used, since_s
+            if ended:
+                statuses[pid] = status
+            elif time.monotonic() > min(since_s + limit_s, ends_s):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                statuses[pid] = None
+        time.sleep(0.02)
+    return statuses
+
+
+def _cpu_ticks(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    return int(fields[11]) + int(fields[12])
 
 
 def _work_and_leave(case: Case, index: int, shared: Any, pipe: int) -> None:
@@ -616,17 +650,7 @@ def _work_and_leave(case: Case, index: int, shared: Any, pipe: int) -> None:
         os._exit(0)
 
 
-def _end_of(pid: int, pipe: int, ends_s: float) -> str:
-    status = None
-    while status is None and time.monotonic() < ends_s:
-        ended, found = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            status = found
-        else:
-            time.sleep(0.01)
-    if status is None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+def _end_of(status: int | None, pipe: int) -> str:
     # Else a hung grandchild could hold the other end.
     os.set_blocking(pipe, False)
     try:

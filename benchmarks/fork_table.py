@@ -38,8 +38,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "FORK_SAFETY.md"
 BEGIN, END = "<!-- fork-table: begin -->", "<!-- fork-table: end -->"
 #: Tasks that are waited for together.
 CHUNK_TASKS = 50
-#: A naive child that has not ended by then hangs; its work takes well below a second.
-NAIVE_LIMIT_S = 8.0
+#: A naive child that used no processor time for so long hangs.
+NAIVE_LIMIT_S = 5.0
 #: Not distributions, but parts of the interpreter.
 STANDARD = ("sqlite3", "asyncio", "ThreadPoolExecutor")
 
@@ -104,12 +104,13 @@ def main() -> int:
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     options = Options(given.python, given.tasks, given.budget, given.stall, given.forks, given.cores)
-    rows = list(
-        measure_all([case for case in fork_cases.CASES if case.name in given.names or not given.names], options)
-    )
+    rows: list[Row] = []
+    for row in measure_all([each for each in fork_cases.CASES if each.name in given.names or not given.names], options):
+        rows.append(row)
+        if given.json:  # after each, so that nothing is lost
+            given.json.write_text(json.dumps([each._asdict() for each in with_earlier(rows, given.json)], indent=1))
     if given.json:
         rows = with_earlier(rows, given.json)
-        given.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
     text = page_text(rows, options)
     if given.write or not given.names:
         write(text)
@@ -224,7 +225,7 @@ def measure(case: Case, version: str, env: dict[str, str], options: Options) -> 
 def fork_naively(case: Case, env: dict[str, str], options: Options) -> list[str]:
     """How the children of a plain fork end, each; the libraries' own defaults, no environment of ours."""
     command = [options.python, fork_cases.__file__, case.name, str(options.forks), str(NAIVE_LIMIT_S)]
-    limit_s = 60 + 2 * NAIVE_LIMIT_S
+    limit_s = 60 + 12 * NAIVE_LIMIT_S
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, env=os.environ | env, check=False
