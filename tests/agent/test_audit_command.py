@@ -39,8 +39,8 @@ def test_thread_of_setup_is_named_with_its_cure_and_the_shallower_fork_point() -
     assert result.exit_code == 0
     assert "R1, unsafe: Python thread 'lasting'" in result.stdout
     assert "Cure: end it in setup" in result.stdout
-    assert "Forks after 'setup'" in result.stdout
-    assert "mapped" in result.stdout
+    assert "Forks after 'import decimal'" in result.stdout
+    assert "Each child takes these steps itself: setup" in result.stdout
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import fcntl
 import gc
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-#: Non-daemon threads of a task that are about to end get this long to do so, all together.
-THREADS_END_S = 0.01
+#: Non-daemon threads and processes of a task that are about to end get this long to do so, all of a kind together.
+LEFT_END_S = 0.05
 #: More descriptors than this left open by its tasks, and a child ends. Counted once in so many tasks.
 DESCRIPTORS_LEFT_MAX = 64
 COUNTED_EVERY_TASKS = 32
@@ -195,7 +196,7 @@ class Baseline:
         threading = sys.modules.get("threading")
         if threading is None:
             return ""
-        deadline = time.monotonic() + THREADS_END_S
+        deadline = time.monotonic() + LEFT_END_S
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -211,7 +212,9 @@ class Baseline:
         tracker = sys.modules.get("multiprocessing.resource_tracker")
         helper = getattr(getattr(tracker, "_resource_tracker", None), "_pid", None)
         known = {int(word) for word in self._children.split()}
-        return any(pid not in known and pid != helper and _runs(pid) for pid in map(int, self._read_children().split()))
+        deadline = time.monotonic() + LEFT_END_S
+        left = [pid for pid in map(int, self._read_children().split()) if pid not in known and pid != helper]
+        return any(_runs_after(pid, deadline) for pid in left)
 
 
 class _Interpreter:
@@ -401,12 +404,19 @@ def _marked(module: str, name: str, function: Any, mark: Callable[[str], object]
     return call
 
 
-def _runs(pid: int) -> bool:
-    """Whether a child of this process runs; one that has ended is reaped."""
+def _runs_after(pid: int, deadline: float) -> bool:
+    """Whether a child of this process still runs at this time; one that ends before is reaped."""
     try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
         return os.waitpid(pid, os.WNOHANG)[0] == 0
     except ChildProcessError:
         return False
+    finally:
+        os.close(pidfd)
 
 
 def _open_or_none(path: str) -> int | None:
