@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from herder.cli.bench.figure import (
     RUNS,
@@ -86,8 +86,13 @@ def pool_of(method: str, modules: Sequence[str], cores: int) -> Iterator[Pool]:
         try:
             found.line()
             yield found
+            # At the end of its stdin it ends, and removes its semaphores.
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(LIMIT_S)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # a pool that hangs would leave its processes behind
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a pool that hangs would leave its processes behind
 
 
 def measure(name: str, modules: Sequence[str], must: float, aim: float, conditions: Conditions) -> list[Figure]:
