@@ -89,7 +89,8 @@ def pool_of(method: str, modules: Sequence[str], cores: int) -> Iterator[Pool]:
             # At the end of its stdin it ends, and removes its semaphores.
             assert process.stdin is not None
             process.stdin.close()
-            process.wait(LIMIT_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LIMIT_S)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a pool that hangs would leave its processes behind
