@@ -261,19 +261,7 @@ class Children:
                 self._answered(child, head, body, descriptors)
             case control.Error():
                 child.ends = head.last
-                answer = Answer(
-                    None,
-                    _failure_of(head, body),
-                    head.wall,
-                    head.utime,
-                    head.stime,
-                    head.minflt,
-                    head.majflt,
-                    self._peak(child, head),
-                    head.inblock * BLOCK_BYTES,
-                    head.oublock * BLOCK_BYTES,
-                )
-                self._tell_answer(child, answer)
+                self._tell_answer(child, self._account(child, head, _failure_of(head, body)))
             case control.Idle():
                 child.baseline_bytes = anon_bytes(child.pid)
                 self._dispatch(events.ChildIdle(child.number, head.python, child.baseline_bytes))
@@ -288,18 +276,7 @@ class Children:
             child.kill()
 
     def _answered(self, child: Child, head: control.Result, body: bytes, descriptors: list[int]) -> None:
-        answer = Answer(
-            None,
-            None,
-            head.wall,
-            head.utime,
-            head.stime,
-            head.minflt,
-            head.majflt,
-            self._peak(child, head),
-            head.inblock * BLOCK_BYTES,
-            head.oublock * BLOCK_BYTES,
-        )
+        answer = self._account(child, head, None)
         if descriptors:
             fd = descriptors[0]
             size = os.fstat(fd).st_size
@@ -334,6 +311,21 @@ class Children:
         if not child.reuses and child.channel is not None:
             child.channel.rest()
         self._dispatch(events.ChildAnswered(child.number, answer, logs, child.ends))
+
+    def _account(self, child: Child, head: control.Result | control.Error, failure: Failure | None) -> Answer:
+        """What the child says that its task used; its result is added where there is one."""
+        return Answer(
+            None,
+            failure,
+            head.wall,
+            head.utime,
+            head.stime,
+            head.minflt,
+            head.majflt,
+            self._peak(child, head),
+            head.inblock * BLOCK_BYTES,
+            head.oublock * BLOCK_BYTES,
+        )
 
     def _peak(self, child: Child, head: control.Result | control.Error) -> int:
         if head.wall < _UNSAMPLED_S:

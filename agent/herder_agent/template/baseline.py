@@ -76,7 +76,7 @@ class Baseline:
         for module, names in (*_WATCHED.items(), ("os", _FINAL)):
             _watch(module, names, self._marks.add)
         self._streams = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1, 2)]
-        self._children_fd = _open_or_none(f"/proc/self/task/{os.getpid()}/children")
+        self._children_fd = system.open_or_none(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
         self._children = self._read_children()
         self._threads = _thread._count()
         self._tasks = 0
@@ -417,10 +417,3 @@ def _runs_after(pid: int, deadline: float) -> bool:
         return False
     finally:
         os.close(pidfd)
-
-
-def _open_or_none(path: str) -> int | None:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None

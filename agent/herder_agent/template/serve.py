@@ -110,8 +110,8 @@ class Server:
         self._by_fd: dict[int, Child] = {}
         self._unsent: list[bytes] = []
         self._ended: list[tuple[float, bytes]] = []
-        self._oom = _open_or_none("/proc/self/oom_score_adj", os.O_RDWR)
-        self._below = _open_or_none(f"/proc/self/task/{self._pid}/children", os.O_RDONLY)
+        self._oom = system.open_or_none("/proc/self/oom_score_adj", os.O_RDWR)
+        self._below = system.open_or_none(f"/proc/self/task/{self._pid}/children", os.O_RDONLY)
         #: Processes that preload or setup left behind on purpose.
         self._known = set(system.children_of(self._pid))
         system.become_subreaper()
@@ -442,10 +442,3 @@ def _signal_outside_group(top: int, pids: set[int], number: int) -> None:
     finally:
         for fd in opened.values():
             os.close(fd)
-
-
-def _open_or_none(path: str, flags: int) -> int | None:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC)
-    except OSError:
-        return None

@@ -218,6 +218,14 @@ def memory_bytes(pid: int | str = "self") -> tuple[int, int]:
     return resident, anonymous
 
 
+def open_or_none(path: str, flags: int) -> int | None:
+    """A descriptor that no program is exec'd with; None where the file cannot be opened."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
 def thread_ids(pid: int | str = "self") -> list[int]:
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
