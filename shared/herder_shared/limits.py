@@ -39,7 +39,7 @@ HEARTBEAT_S = 2.0
 LEASE_S = 30.0
 #: After a connection that *closed* (a killed agent's does at once): how long the same incarnation may take to be back.
 RECONNECT_GRACE_S = 1.0
-#: After a restart of the coordinator, assigned tasks stay bound to their agents for this long.
+#: After a restart of the coordinator, assigned tasks stay bound to their agents for this long, or for two leases.
 RESTART_GRACE_S = 60.0
 #: A vanished client's jobs that are not detached are cancelled after this.
 DISCONNECT_GRACE_S = 60.0

@@ -7,7 +7,7 @@ none of the old one's, and a `Sync` lists all that there is.
 
 from __future__ import annotations
 
-from herder_coordinator.core import apply, events, lease, placement
+from herder_coordinator.core import apply, events, lease, placement, quarantine
 from herder_coordinator.core.ends import attempt_ended, is_foreign, lost, never_arrived
 from herder_coordinator.core.state import Node, State, Task
 from herder_coordinator.core.turn import Turn
@@ -109,6 +109,7 @@ def _keep(turn: Turn, node: Node, one: RunningAttempt) -> bool:
         if task.node is not None:
             turn.ack(task.node, task.attempt)
         ordinal = task.ordinal + (task.attempt != one.attempt)
+        task.quarantine_s = 0.0  # the node is not lost after all
         turn.assign(task, node, one.attempt, ordinal=max(ordinal, 1), fresh=task.fresh)
     if task.cancel or ((task.cancel_pending or job.cancelled) and not one.started):
         turn.cancel(node, one.attempt, waiting_only=not task.cancel)
@@ -194,8 +195,9 @@ def disconnected(turn: Turn, event: events.AgentDisconnected) -> None:
     node.session = 0
     node.synced = False
     move(node, AgentState.DISCONNECTED)
-    node.grace_s = state.now_s + state.periods.reconnect_grace_s
-    lease.alarm(state, node.grace_s)
+    if state.now_s >= state.excused_until_s:
+        node.grace_s = state.now_s + state.periods.reconnect_grace_s
+        lease.alarm(state, node.grace_s)
     placement.refresh(state, node)
     turn.count("node_disconnected", (("node", node.name),))
 
@@ -230,8 +232,9 @@ def _lapse(turn: Turn, node: Node) -> None:
 
 
 def _lose_all(turn: Turn, node: Node, tasks: list[Task], why: str) -> None:
+    parts = quarantine.parts_in_loss(turn.state, node)
     for task in tasks:
-        lost(turn, task, Cause.NODE_LOST, f"the node {node.name} was lost: {why}")
+        lost(turn, task, Cause.NODE_LOST, f"the node {node.name} was lost: {why}", parts[task.attempt])
 
 
 def _forget(state: State, node: Node) -> None:

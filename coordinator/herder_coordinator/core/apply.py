@@ -350,7 +350,7 @@ def queue(state: State, task: Task) -> None:
     assert not task.delay
     task.queued = True
     group = task.job.group
-    (group.careful if task.avoid else group.again).append(task)
+    (group.suspects if task.quarantine_s else group.careful if task.avoid else group.again).append(task)
     _add_pending(state, group, 1)
 
 
@@ -390,6 +390,8 @@ def assign(state: State, task: Task, node: Node, attempt: AttemptId, *, ordinal:
     task.node = node
     task.queued_s = max(0.0, state.now_s - task.since_s)
     placement.attach(state, node, task)
+    if task.quarantine_s:
+        node.suspect = task
 
 
 def retry(state: State, task: Task, account: records.Retry) -> None:
@@ -407,6 +409,7 @@ def retry(state: State, task: Task, account: records.Retry) -> None:
     task.fresh = account.fresh
     task.reran = account.reran
     task.suspect = account.suspect
+    task.quarantine_s = account.quarantine_s
     if account.backoff_s > 0:
         task.delay = state.next_number
         state.next_number += 1

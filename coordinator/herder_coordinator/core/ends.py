@@ -1,10 +1,11 @@
 """What follows when an attempt is over: the task's terminal record, or another attempt.
 
 Three accounts, kept apart. *Own* ends (an exception, an exit, a signal, too much memory, too long) use up
-`retries`. *Infrastructure* (node, agent, template, start) is never blamed on the task and uses up `max_crashes`; a
+`retries`. *Infrastructure* (template, start) is never blamed on the task and uses up `max_crashes`; the loss of a node
+makes what ran there suspect first (`quarantine.py`), and is counted when it happens again under suspicion. A
 task that may run once only is not tried again unless its attempt certainly never started. And *one free rerun* in a
 fresh interpreter is granted where a fork may have been the culprit. Whatever remains of these, a task whose own
-crashes killed its process on `POISON_NODES` nodes is poison.
+crashes killed its process, or its node, on `POISON_NODES` nodes is poison.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import msgspec
 
 from herder_coordinator.core import apply, blame, placement, records
 from herder_coordinator.core.lease import loss_backoff_s, task_backoff_s
+from herder_coordinator.core.quarantine import COUNTED, Part
 from herder_coordinator.core.state import NO_ATTEMPT, Job, Node, State, Task, TaskKey
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
@@ -88,7 +90,7 @@ def _supersede(turn: Turn, task: Task) -> None:
         turn.ack(task.node, task.attempt)
 
 
-def lost(turn: Turn, task: Task, cause: Cause, message: str) -> None:
+def lost(turn: Turn, task: Task, cause: Cause, message: str, part: Part = COUNTED) -> None:
     """The task's attempt is given up: nobody will report its end."""
     node = task.node
     assert node is not None
@@ -96,7 +98,7 @@ def lost(turn: Turn, task: Task, cause: Cause, message: str) -> None:
     usage = Usage(node=node.name, attempt=task.ordinal)
     failure = Failure(cause=cause, message=message)
     end = AttemptEnd(task.attempt, task.job.id, task.index, Outcome.LOST, None, failure, usage)
-    _decide(turn, task, node, end)
+    _decide(turn, task, node, end, part)
 
 
 def never_arrived(turn: Turn, task: Task) -> None:
@@ -116,6 +118,7 @@ def account(
     rerun: bool = False,
     backoff_s: float = 0.0,
     suspect: Cause | None = None,
+    quarantine_s: float | None = None,
 ) -> records.Retry:
     """The task's account as it is, with these changes."""
     return records.Retry(
@@ -131,11 +134,12 @@ def account(
         reran=rerun or task.reran,
         backoff_s=backoff_s,
         suspect=suspect or task.suspect,
+        quarantine_s=task.quarantine_s if quarantine_s is None else quarantine_s,
     )
 
 
-def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> None:
-    """The end of the task's newest attempt: is it the task's?"""
+def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd, part: Part = COUNTED) -> None:
+    """The end of the task's newest attempt: is it the task's? `part`: what it had to do with the loss of its node."""
     blame.note_end(turn, task, end)
     if end.outcome is Outcome.SUCCEEDED:
         _terminal(turn, task, end)
@@ -145,7 +149,7 @@ def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> None:
         _terminal(turn, task, msgspec.structs.replace(end, outcome=Outcome.CANCELLED, failure=_cancelled(failure)))
         return
     if failure.cause in INFRASTRUCTURE:
-        again = _after_loss(turn, task, node, end, failure)
+        again = _after_loss(turn, task, node, end, failure, part)
     elif failure.cause in OWN:
         again = _after_own_end(turn, task, node, end, failure)
     elif failure.cause is Cause.SETUP_FAILED:
@@ -165,17 +169,31 @@ def _cancelled(failure: Failure) -> Failure:
     return Failure(cause=Cause.CANCELLED, message=f"cancelled ({failure.message})" if failure.message else "cancelled")
 
 
-def _after_loss(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure: Failure) -> records.Retry | None:
+def _after_loss(  # noqa: PLR0917
+    turn: Turn, task: Task, node: Node, end: AttemptEnd, failure: Failure, part: Part
+) -> records.Retry | None:
     options = task.job.spec.options
-    crashes = task.crashes + 1
+    crashes = task.crashes + part.is_counted
+    killed_on = task.killed_on
+    if part.is_blamed and node.name not in killed_on:
+        killed_on = (*killed_on, node.name)
     text = failure.message or failure.cause.value
     if not options.idempotent and failure.cause is not Cause.START_FAILED:
         reason = f"{text}; how the attempt ended is unknown, and the task may not run twice (idempotent=False)"
     elif crashes > options.max_crashes:
         reason = f"attempt {task.ordinal}: {text}; that was loss {crashes}, max_crashes is {options.max_crashes}"
+    elif part.is_blamed and len(killed_on) >= limits.POISON_NODES:
+        _end_poisoned(
+            turn, task, end, failure, f"{len(killed_on)} nodes or its process there ended under it", killed_on
+        )
+        return None
     else:
         avoid = (*(name for name in task.avoid if name != node.name), node.name)
-        return account(task, crashes=crashes, avoid=avoid, backoff_s=loss_backoff_s(crashes))
+        backoff_s = loss_backoff_s(crashes) if part.is_counted else 0.0
+        quarantine_s = part.quarantine_s or task.quarantine_s
+        return account(
+            task, crashes=crashes, killed_on=killed_on, avoid=avoid, backoff_s=backoff_s, quarantine_s=quarantine_s
+        )
     cause = failure.cause if failure.cause is Cause.DATA_LOST else Cause.NODE_LOST
     given_up = msgspec.structs.replace(failure, cause=cause, message=reason)
     _terminal(turn, task, msgspec.structs.replace(end, outcome=Outcome.LOST, failure=given_up))
@@ -185,22 +203,29 @@ def _after_loss(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure: Fa
 def _after_own_end(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure: Failure) -> records.Retry | None:
     options = task.job.spec.options
     if _deserves_rerun(task, end, failure):
-        return account(task, rerun=True, suspect=failure.cause)
+        return account(task, rerun=True, suspect=failure.cause, quarantine_s=0.0)
     killed_on = task.killed_on
     if end.outcome in {Outcome.CRASHED, Outcome.OUT_OF_MEMORY} and node.name not in killed_on:
         killed_on = (*killed_on, node.name)
     if len(killed_on) >= limits.POISON_NODES:
-        text = f"it killed its process on {len(killed_on)} nodes ({', '.join(killed_on)}); at last: {failure.message}"
-        poisoned = msgspec.structs.replace(failure, cause=Cause.POISONED, message=text)
-        _terminal(turn, task, msgspec.structs.replace(end, failure=poisoned))
+        _end_poisoned(turn, task, end, failure, f"it killed its process on {len(killed_on)} nodes", killed_on)
         return None
     if task.failures < options.retries and (failure.cause is not Cause.EXCEPTION or failure.retryable):
         failures = task.failures + 1
         backoff_s = task_backoff_s(options.backoff_s, failures)
         avoid = killed_on if killed_on != task.killed_on else task.avoid
-        return account(task, failures=failures, killed_on=killed_on, avoid=avoid, backoff_s=backoff_s)
+        return account(task, failures=failures, killed_on=killed_on, avoid=avoid, backoff_s=backoff_s, quarantine_s=0.0)
     _terminal(turn, task, end)
     return None
+
+
+def _end_poisoned(  # noqa: PLR0917
+    turn: Turn, task: Task, end: AttemptEnd, failure: Failure, what: str, nodes: tuple[NodeName, ...]
+) -> None:
+    text = f"{what} ({', '.join(nodes)}); at last: {failure.message}"
+    poisoned = msgspec.structs.replace(failure, cause=Cause.POISONED, message=text)
+    outcome = Outcome.CRASHED if end.outcome is Outcome.LOST else end.outcome
+    _terminal(turn, task, msgspec.structs.replace(end, outcome=outcome, failure=poisoned))
 
 
 def _after_failed_setup(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> records.Retry | None:

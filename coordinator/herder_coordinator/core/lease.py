@@ -6,7 +6,8 @@ incarnation only for the reconnect grace; those that may not (`idempotent=False`
 wait for the whole lease. After a restart of the coordinator every agent has the restart grace to be back.
 
 A coordinator that was stopped itself (SIGSTOP, a paused machine, a slow disk) must not conclude that everybody else
-was: when it is called later than it should have been, every deadline moves by as much.
+was: when it is called later than it should have been, every deadline moves by as much. After a long stall agents will
+have left it and dialled in vain: that their connections are closed says nothing then, and the lease alone counts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ FORGET_S = 600.0
 #: A request is judged impossible only when no new agent came for this long; after a restart, they may be slower.
 JUDGE_S = 2.0
 JUDGE_RESTART_S = 10.0
+#: A closed connection is no news for this long after a stall of half a lease: so long a dialler may wait for an answer
+#: that does not come, and then before it dials again.
+EXCUSED_S = limits.HANDSHAKE_TIMEOUT_S + limits.BACKOFF_S_MAX
 
 
 def task_backoff_s(base_s: float, failures: int) -> float:
@@ -50,6 +54,11 @@ def heard(state: State, node: Node) -> None:
     node.heard_s = state.now_s
     node.lease_s = state.now_s + state.periods.lease_s
     node.grace_s = None
+
+
+def restart_grace_s(state: State) -> float:
+    """For how long assigned tasks stay bound to their agents after a restart."""
+    return max(state.periods.restart_grace_s, 2 * state.periods.lease_s)
 
 
 def next_deadline_s(state: State) -> float | None:
@@ -88,5 +97,7 @@ def forgive_stall(state: State, now_s: float) -> float:
     for job in state.jobs.values():
         if job.forget_s is not None:
             job.forget_s += late_s
+    if late_s >= state.periods.lease_s / 2:
+        state.excused_until_s = now_s + EXCUSED_S
     reset_alarm(state)
     return late_s

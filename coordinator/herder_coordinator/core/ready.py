@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from herder_coordinator.core import apply, placement
+from herder_coordinator.core import apply, placement, quarantine
 from herder_coordinator.core.ends import end_failed
 from herder_coordinator.core.state import UNITS, Chunk, Group, Node, Request, State, Task
 from herder_coordinator.core.turn import Turn
@@ -49,7 +49,7 @@ def in_order(groups: Iterable[Group]) -> list[Group]:
 
 
 def _head_number(group: Group) -> int:
-    if group.again or group.careful:
+    if group.again or group.careful or group.suspects:
         return 0
     while group.chunks and not group.chunks[0].left:
         group.chunks.popleft()
@@ -97,7 +97,7 @@ def _place_fairly(turn: Turn, groups: list[Group]) -> None:
 def _place(turn: Turn, group: Group, wanted: int) -> int:
     """Start up to `wanted` tasks of the group in free slots. Returns how many."""
     state = turn.state
-    placed = 0
+    placed = _place_suspects(turn, group, wanted) if group.suspects else 0
     while group.careful and placed < wanted:
         task = group.careful[0]
         if not task.queued:
@@ -121,6 +121,24 @@ def _place(turn: Turn, group: Group, wanted: int) -> int:
             _start(turn, next_task, node)
             placed += 1
         placement.refresh(state, node)
+    return placed
+
+
+def _place_suspects(turn: Turn, group: Group, wanted: int) -> int:
+    """Start tasks that may have cost their node, on nodes that have no other such task."""
+    state = turn.state
+    placed = 0
+    while group.suspects and placed < wanted:
+        task = group.suspects[0]
+        if task.queued:
+            nodes = [node for node in state.open_nodes.values() if not quarantine.holds_suspect(node)]
+            shares = placement.spread(nodes, group.key.workload, group.request, 1, task.avoid)
+            if not shares:
+                return placed
+            _start(turn, task, shares[0][0])
+            placement.refresh(state, shares[0][0])
+            placed += 1
+        group.suspects.popleft()
     return placed
 
 
@@ -209,7 +227,7 @@ def judge(turn: Turn) -> None:
         for chunk in list(group.chunks):
             for index in _pending_indices(chunk):
                 end_failed(turn, chunk.job, index, Outcome.FAILED, failure)
-        for task in [*group.again, *group.careful]:
+        for task in [*group.again, *group.careful, *group.suspects]:
             if task.queued:
                 end_failed(turn, task.job, task.index, Outcome.FAILED, failure)
 

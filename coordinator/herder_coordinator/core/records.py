@@ -101,6 +101,8 @@ class Retry(_Part, frozen=True):
     backoff_s: float = 0.0
     #: The cause of the end for which the free rerun is granted, until the rerun has told whether the fork was to blame.
     suspect: Cause | None = None
+    #: It may have cost its node (core/quarantine.py): how long its next attempt has to run before it is trusted again.
+    quarantine_s: float = 0.0
 
 
 class TasksRetried(_Record, frozen=True):

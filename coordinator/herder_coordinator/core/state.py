@@ -4,8 +4,8 @@ Every task that has not ended is in exactly one place:
 
 =========  ============================================================================================
 waiting    `Job.tasks`, and `State.dependants` under each task that it waits for
-pending    its `Chunk` (as submitted, never tried), or `Group.again` or `careful` (tried before, or it
-           waited for others), or `State.delayed` (its back-off is not over)
+pending    its `Chunk` (as submitted, never tried), or `Group.again`, `careful` or `suspects` (tried
+           before, or it waited for others), or `State.delayed` (its back-off is not over)
 assigned   `Node.attempts`; it holds its request there, or is in `Node.ahead` and holds nothing yet
 running    the same; the agent has said that its child started
 =========  ============================================================================================
@@ -106,7 +106,7 @@ class Task(msgspec.Struct, eq=False):
     ordinal: int = 0
     node: Node | None = None
     queued_s: float = 0.0
-    #: In `Group.again` or `Group.careful`.
+    #: In `Group.again`, `Group.careful` or `Group.suspects`.
     queued: bool = False
     #: Its ticket in `State.delayed`; 0 = not there.
     delay: int = 0
@@ -118,6 +118,8 @@ class Task(msgspec.Struct, eq=False):
     reran: bool = False
     #: Why it was run again in a fresh interpreter, while that has not told whether the fork was to blame.
     suspect: Cause | None = None
+    #: It may have cost its node (core/quarantine.py): for so long it has to run before it is trusted; 0 = it is.
+    quarantine_s: float = 0.0
     #: Cancelled while it had an attempt (`cancel`), or not to be started again (`cancel_pending`).
     cancel: bool = False
     cancel_pending: bool = False
@@ -139,7 +141,9 @@ class Group:
     again: deque[Task] = field(default_factory=deque)
     #: Like `again`, for those that had better not go where they were.
     careful: deque[Task] = field(default_factory=deque)
-    #: Pending tasks in these three.
+    #: Those that may have cost their node: one of them to a node at a time.
+    suspects: deque[Task] = field(default_factory=deque)
+    #: Pending tasks in these four.
     pending: int = 0
     jobs: int = 0
     #: It was looked at and can run somewhere, as far as is known.
@@ -250,6 +254,8 @@ class Node:
     warm: set[WorkloadKey] = field(default_factory=set)
     #: Workloads of the attempts that failed to start here, in a row.
     start_failures: list[WorkloadKey] = field(default_factory=list)
+    #: The task in quarantine that was sent here last (core/quarantine.py says whether it still is).
+    suspect: Task | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -344,6 +350,8 @@ class State:
     recent_bytes: int = 0
     #: From a snapshot, until the replay is over.
     restored_values: dict[TaskKey, Payload] = field(default_factory=dict)
+    #: We stood still for long: until then a closed connection does not mean that the agent is dead.
+    excused_until_s: float = 0.0
     #: No request is judged impossible before this: agents may still be on their way.
     judge_s: float = 0.0
     #: A lower bound of the deadlines of agents and clients.
@@ -437,7 +445,7 @@ def _check_node(node: Node) -> None:
 
 def _check_group(state: State, group: Group) -> None:
     chunks = sum(chunk.left for chunk in group.chunks)
-    again = {id(task) for task in (*group.again, *group.careful) if task.queued}
+    again = {id(task) for task in (*group.again, *group.careful, *group.suspects) if task.queued}
     assert group.pending == chunks + len(again)
     assert (group.number in state.busy) == (group.pending > 0)
     assert group.jobs == sum(1 for job in state.jobs.values() if job.group is group) > 0

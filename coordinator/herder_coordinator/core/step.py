@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from herder_coordinator.core import agents, apply, clients, ends, events, lease, ready, replay
+from herder_coordinator.core import agents, apply, clients, ends, events, lease, quarantine, ready, replay
 from herder_coordinator.core.effects import Effect
 from herder_coordinator.core.lease import next_deadline_s
 from herder_coordinator.core.records import Record
@@ -95,6 +95,8 @@ def _tick(turn: Turn) -> None:
         state.unswept = False
         clients.sweep(turn)
     agents.check_leases(turn)
+    if quarantine.trust_again(state):
+        turn.wake = True
     clients.check_gone(turn)
     while state.delayed and state.delayed[0][0] <= state.now_s:
         _, ticket, task = heapq.heappop(state.delayed)
@@ -124,7 +126,7 @@ def finish_replay(state: State, now_s: float) -> list[Effect]:
     state.unused.clear()
     for node in state.nodes.values():
         node.state = AgentState.DISCONNECTED
-        node.lease_s = now_s + state.periods.restart_grace_s
+        node.lease_s = now_s + lease.restart_grace_s(state)
         node.heard_s = now_s
         node.grace_s = None
     for job in state.jobs.values():

@@ -104,6 +104,21 @@ def test_our_own_stall_is_nobodys_silence(lab: Lab) -> None:
     assert any(seen.kind == "stalled" and seen.value >= 59 for seen in lab.observed)
 
 
+def test_a_connection_that_closed_in_our_own_stall_is_no_news(lab: Lab) -> None:
+    lab.open()
+    lab.node()
+    lab.submit(1)
+    lab.now_s += 60.0
+    lab.do(events.AgentDisconnected(N1, 1))
+    lab.pass_time(9.0)
+    assert lab.place() == "n1"
+    lab.connect(session=2)
+    assert starts(lab.sync(session=2, running=[RunningAttempt(lab.attempt(), JOB, 0, started=True)])) == []
+    lab.do(events.AgentDisconnected(N1, 2), after_s=5.0)
+    lab.pass_time(1.0)
+    assert lab.place() is None
+
+
 def test_a_new_incarnation_has_nothing_of_the_old_one(lab: Lab) -> None:
     lab.open()
     lab.node(cores=1)

@@ -38,3 +38,10 @@ def test_nothing_is_forgiven_before_time_has_begun() -> None:
     lab = Lab()
     lab.state.now_s = 0.0
     assert lease.forgive_stall(lab.state, 1e6) == 0.0
+
+
+def test_after_a_restart_agents_have_two_leases_to_be_back() -> None:
+    lab = Lab()
+    assert lease.restart_grace_s(lab.state) == 60.0
+    lab.state.periods.lease_s = 100.0
+    assert lease.restart_grace_s(lab.state) == 200.0
