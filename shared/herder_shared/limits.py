@@ -34,6 +34,16 @@ SEND_BUFFER_BYTES_MAX = 64 * MIB
 #: A client's submissions not yet acknowledged; `submit` and `array` wait (back-pressure) above it.
 UNACKED_SUBMIT_BYTES_MAX = 32 * MIB
 
+#: Attempts of one node that may wait for tasks of their own at a time, their cores given up. Each is a process; beyond
+#: it a wait fails, as the node would drown in processes.
+LENT_MAX = 4_096
+#: What a task's own client may send in one frame: it travels inside one of its agent's.
+TASK_CLIENT_FRAME_BYTES_MAX = FRAME_BYTES_MAX - 4 * KIB
+#: An agent takes nothing more from its tasks' clients while so much waits on its own link.
+TASK_CLIENT_BUFFER_BYTES_MAX = 8 * MIB
+#: Terminal records under way to a task's own client, unacknowledged: many share their agent's link.
+TASK_CLIENT_FEED_BYTES_MAX = 1 * MIB
+
 HEARTBEAT_S = 2.0
 #: The coordinator's trust in a silent agent. FAULTS.md: 30 s outlives a switch reboot and a long garbage collection.
 LEASE_S = 30.0

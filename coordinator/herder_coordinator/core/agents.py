@@ -115,6 +115,8 @@ def _keep(turn: Turn, node: Node, one: RunningAttempt) -> bool:
         turn.cancel(node, one.attempt, waiting_only=not task.cancel)
     if one.started:
         _started(turn, node, task)
+    if one.lent:
+        placement.lend(state, node, task)
     return True
 
 
@@ -154,6 +156,19 @@ def attempts_started(turn: Turn, event: events.AttemptsStarted) -> None:
         task = node.attempts.get(attempt)
         if task is not None:
             _started(turn, node, task)
+
+
+def slots_changed(turn: Turn, event: events.SlotsChanged) -> None:
+    """Attempts wait for tasks of their own, or have waited enough."""
+    node = session_of(turn.state, event.node, event.session)
+    if node is None:
+        return
+    for attempts, change in ((event.lent, placement.lend), (event.reclaimed, placement.reclaim)):
+        for attempt in attempts:
+            task = node.attempts.get(attempt)
+            if task is not None:
+                change(turn.state, node, task)
+                turn.wake = True
 
 
 def _started(turn: Turn, node: Node, task: Task) -> None:

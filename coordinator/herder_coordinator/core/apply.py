@@ -100,26 +100,44 @@ def _release_function(state: State, function: BlobId | None) -> None:
 # --- clients and jobs ------------------------------------------------------------------------------------------------
 
 
-def client_of(state: State, incarnation: Incarnation, owner: str) -> Client:
+def client_of(
+    state: State, incarnation: Incarnation, owner: str, attempt: AttemptId | None = None, depth: int = 0
+) -> Client:
     client = state.clients.get(incarnation)
     if client is None:
-        client = state.clients[incarnation] = Client(incarnation, owner)
+        client = state.clients[incarnation] = Client(incarnation, owner, attempt=attempt, depth=depth)
+        if attempt is not None:
+            state.task_clients[attempt] = incarnation
     return client
 
 
-def open_job(state: State, incarnation: Incarnation, owner: str, spec: JobSpec) -> Job:
+def drop_client(state: State, client: Client) -> None:
+    """Nothing of it is left to be known."""
+    state.clients.pop(client.incarnation, None)
+    if client.attempt is not None and state.task_clients.get(client.attempt) == client.incarnation:
+        del state.task_clients[client.attempt]
+
+
+def open_job(  # noqa: PLR0917
+    state: State,
+    incarnation: Incarnation,
+    owner: str,
+    spec: JobSpec,
+    attempt: AttemptId | None = None,
+    depth: int = 0,
+) -> Job:
     options = spec.options
     request = placement.request_of(options)
-    key = GroupKey(options.priority, owner, spec.workload.key, request, options.idempotent)
+    key = GroupKey(options.priority, owner, spec.workload.key, request, options.idempotent, depth)
     group = state.groups.get(key)
     if group is None:
         group = state.groups[key] = Group(key, state.next_number, request)
         state.next_number += 1
     group.jobs += 1
-    job = Job(spec=spec, client=incarnation, owner=owner, group=group, opened_s=state.now_s)
+    job = Job(spec=spec, client=incarnation, owner=owner, group=group, opened_s=state.now_s, depth=depth)
     job.feeds[incarnation] = Feed(0, 0)
     state.jobs[spec.job] = job
-    client = client_of(state, incarnation, owner)
+    client = client_of(state, incarnation, owner, attempt, depth)
     client.jobs[spec.job] = None
     client.watched[spec.job] = None
     kept = state.workloads.get(spec.workload.key)
@@ -359,6 +377,8 @@ def unplace(state: State, task: Task) -> None:
     if task.node is not None:
         placement.detach(state, task.node, task.attempt)
         task.node = None
+        if state.task_clients and task.attempt in state.task_clients:
+            state.orphans.append(state.task_clients.pop(task.attempt))
     elif task.queued:
         task.queued = False
         _add_pending(state, task.job.group, -1)

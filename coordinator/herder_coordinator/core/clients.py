@@ -10,12 +10,12 @@ from typing import Literal
 
 from herder_coordinator.core import apply, events, lease, records
 from herder_coordinator.core.ends import end_cancelled
-from herder_coordinator.core.state import Client, Feed, Job, State
+from herder_coordinator.core.state import Client, Feed, Job, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import BlobId, Incarnation, JobId
 from herder_shared.states import AgentState, TaskState
-from herder_shared.wire.messages import CancelOk, Function, Notice, SubmitOk, TaskItem
+from herder_shared.wire.messages import CancelOk, Function, Notice, Refused, SubmitOk, TaskItem
 
 #: Jobs that one owner may have at a time which have not been forgotten.
 JOBS_MAX = 100_000
@@ -27,12 +27,31 @@ Refusal = Literal["JobNotFound", "RemoteProtocolError", "Unauthorized", "Payload
 
 def connected(turn: Turn, event: events.ClientConnected) -> None:
     """A client is there, for the first time or again: what it has been told counts only once it says so itself."""
-    client = apply.client_of(turn.state, event.client, event.owner)
+    owner, depth = event.owner, 0
+    if event.attempt is not None:
+        task = _task_of(turn.state, event)
+        if task is None:
+            text = "the attempt whose task this client is has ended, or was given up: nothing it asks for is done"
+            turn.to_client(event.client, Refused("Unauthorized", text), durable=False)
+            return
+        owner, depth = task.job.owner, task.job.depth + 1
+    client = apply.client_of(turn.state, event.client, owner, event.attempt, depth)
     client.session = event.session
     client.gone_s = None
     for job_id in client.watched:
         feed = turn.state.jobs[job_id].feeds[event.client]
         feed.paused = True
+
+
+def _task_of(state: State, event: events.ClientConnected) -> Task | None:
+    """The task that runs as the attempt of which an agent says that this client is; None: it may not be anybody's."""
+    node = state.nodes.get(event.node) if event.node is not None else None
+    task = node.attempts.get(event.attempt) if node is not None and event.attempt is not None else None
+    known = state.clients.get(event.client)
+    if task is None or (known is not None and known.attempt != event.attempt):
+        return None
+    other = state.task_clients.get(task.attempt, event.client)
+    return task if other == event.client else None
 
 
 def disconnected(turn: Turn, event: events.ClientDisconnected) -> None:
@@ -48,6 +67,15 @@ def left(turn: Turn, event: events.ClientLeft) -> None:
     client = turn.state.clients.get(event.client)
     if client is not None:
         _give_up(turn, client, 0.0)
+
+
+def settle_orphans(turn: Turn) -> None:
+    """Attempts have ended, however, that were clients: what they submitted ends with them, unless it is detached."""
+    orphans, turn.state.orphans = turn.state.orphans, []
+    for incarnation in orphans:
+        client = turn.state.clients.get(incarnation)
+        if client is not None:
+            _give_up(turn, client, 0.0)
 
 
 def check_gone(turn: Turn) -> None:
@@ -85,7 +113,7 @@ def _give_up(turn: Turn, client: Client, keep_s: float) -> None:
             del state.jobs[job_id].feeds[client.incarnation]
             del client.watched[job_id]
     if not client.jobs:
-        state.clients.pop(client.incarnation, None)  # forgetting its last job may have done so
+        apply.drop_client(state, client)  # forgetting its last job may have done so
 
 
 def forget_if_over(turn: Turn, job: Job) -> None:
@@ -97,7 +125,7 @@ def forget_if_over(turn: Turn, job: Job) -> None:
         turn.forget(job)
         client = turn.state.clients.get(job.client)
         if gone and client is not None and not client.session and not client.jobs:
-            turn.state.clients.pop(job.client)
+            apply.drop_client(turn.state, client)
 
 
 # --- jobs and tasks --------------------------------------------------------------------------------------------------
@@ -116,8 +144,8 @@ def job_opened(turn: Turn, event: events.JobOpened) -> None:
     elif job is None and len(client.jobs) >= JOBS_MAX:
         turn.refuse(event.client, spec.job, 0, "RemoteProtocolError", f"more than {JOBS_MAX} jobs are open")
     elif job is None:
-        turn.record(records.JobOpened(event.client, client.owner, spec))
-        apply.open_job(state, event.client, client.owner, spec)
+        turn.record(records.JobOpened(event.client, client.owner, spec, client.attempt, client.depth))
+        apply.open_job(state, event.client, client.owner, spec, client.attempt, client.depth)
         turn.to_client(event.client, SubmitOk(spec.job, 0))
     elif job.client != event.client:
         turn.refuse(event.client, spec.job, 0, "Unauthorized", f"job {spec.job} belongs to another client")
@@ -310,6 +338,13 @@ def sweep(turn: Turn) -> None:
 
 
 def set_grace(state: State) -> None:
-    """After a replay: every client has the disconnect grace to be back."""
+    """After a replay: every client has the disconnect grace to be back, but for tasks' own whose attempt has ended."""
+    running = {attempt for node in state.nodes.values() for attempt in node.attempts}
+    state.task_clients = {each: name for each, name in state.task_clients.items() if each in running}
+    state.orphans = [
+        client.incarnation
+        for client in state.clients.values()
+        if client.attempt is not None and client.attempt not in running
+    ]
     for client in state.clients.values():
         client.gone_s = state.now_s + state.periods.disconnect_grace_s

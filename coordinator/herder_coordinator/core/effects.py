@@ -8,7 +8,7 @@ from typing import Literal
 
 from herder_coordinator.core.records import Record
 from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
-from herder_shared.wire.messages import CoordinatorToAgent, CoordinatorToClient
+from herder_shared.wire.messages import CoordinatorToAgent, CoordinatorToClient, Refused
 
 After = Literal["now", "durable"]
 
@@ -25,7 +25,7 @@ class SendToClient:
     """Dropped silently when the client is not connected: it will attach again and ask."""
 
     client: Incarnation
-    message: CoordinatorToClient
+    message: CoordinatorToClient | Refused
     after: After = "durable"
 
 

@@ -23,9 +23,13 @@ from herder_shared.wire.messages import (
 
 @dataclass(frozen=True, slots=True)
 class ClientConnected:
+    """`attempt`: the client is a task's own, by the word of the agent on `node`; its owner is the task's."""
+
     client: Incarnation
     session: int
     owner: str
+    node: NodeName | None = None
+    attempt: AttemptId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,16 @@ class AttemptsStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotsChanged:
+    """Attempts have given their cores up while they wait for tasks of their own, or want them back."""
+
+    node: NodeName
+    session: int
+    lent: tuple[AttemptId, ...]
+    reclaimed: tuple[AttemptId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptsEnded:
     """The shell has checked that result blobs which the ends name are durable here."""
 
@@ -174,6 +188,7 @@ Event = (
     | AgentDisconnected
     | AgentHeard
     | AttemptsStarted
+    | SlotsChanged
     | AttemptsEnded
     | WorkloadsReported
     | DrainRequested

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from herder_coordinator.core.state import UNITS, Node, Request, State, Task
 from herder_shared import limits
@@ -134,6 +135,7 @@ def set_facts(state: State, node: Node, facts: NodeFacts) -> None:
     node.ahead.clear()
     node.ahead_s = 0.0
     for attempt, task in node.attempts.items():
+        task.lent = False  # its `Sync` tells anew
         if not hold(node, task.job.group.request):
             node.ahead[attempt] = 0.0
     refresh(state, node)
@@ -171,18 +173,67 @@ def detach(state: State, node: Node, attempt: AttemptId) -> None:
         _leave_ahead(node, attempt)
     elif node.facts is not None:
         request = task.job.group.request
-        node.free_cores += request.cores
+        if task.lent:
+            task.lent = False
+        else:
+            node.free_cores += request.cores
         node.free_memory_bytes += request.memory_bytes
         node.free_gpus += request.gpus
         for name, amount in request.resources:
             if amount:
                 node.free_resources[name] += amount
-        while node.ahead:
-            first = next(iter(node.ahead))
-            if not hold(node, node.attempts[first].job.group.request):
-                break
-            _leave_ahead(node, first)
+        _give_to_ahead(node)
     refresh(state, node)
+
+
+def _give_to_ahead(node: Node) -> None:
+    while node.ahead:
+        first = next(iter(node.ahead))
+        if not hold(node, node.attempts[first].job.group.request):
+            break
+        _leave_ahead(node, first)
+
+
+def lend(state: State, node: Node, task: Task) -> None:
+    """The attempt waits for tasks of its own: its cores are free for others. What else it holds it keeps."""
+    if task.lent or node.facts is None:
+        return
+    if task.attempt in node.ahead:
+        if not _fits_besides_cores(node, task.job.group.request):
+            return  # the agent knows better what it runs: this settles itself when something ends there
+        _leave_ahead(node, task.attempt)
+        _hold_besides_cores(node, task.job.group.request, 1)
+    else:
+        node.free_cores += task.job.group.request.cores
+    task.lent = True
+    _give_to_ahead(node)
+    refresh(state, node)
+
+
+def reclaim(state: State, node: Node, task: Task) -> None:
+    """It wants its cores back. As the agent does it, it goes before all look-ahead."""
+    if not task.lent:
+        return
+    task.lent = False
+    request = task.job.group.request
+    if request.cores <= node.free_cores:
+        node.free_cores -= request.cores
+    else:
+        _hold_besides_cores(node, request, -1)
+        node.ahead = {task.attempt: 0.0, **node.ahead}
+    refresh(state, node)
+
+
+def _fits_besides_cores(node: Node, request: Request) -> bool:
+    return _free_room(node, replace(request, cores=0), 1) > 0
+
+
+def _hold_besides_cores(node: Node, request: Request, times: int) -> None:
+    node.free_memory_bytes -= times * request.memory_bytes
+    node.free_gpus -= times * request.gpus
+    for name, amount in request.resources:
+        if amount:
+            node.free_resources[name] -= times * amount
 
 
 def _leave_ahead(node: Node, attempt: AttemptId) -> None:

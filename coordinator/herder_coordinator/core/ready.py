@@ -44,8 +44,9 @@ def dispatch(turn: Turn) -> None:
 
 
 def in_order(groups: Iterable[Group]) -> list[Group]:
-    """By priority, then by the submission of what is at their heads."""
-    return sorted(groups, key=lambda group: (-group.key.priority, _head_number(group), group.number))
+    """By priority; then what running tasks wait for, the deepest first, so that few wait at a time; then by the
+    submission of what is at their heads."""
+    return sorted(groups, key=lambda group: (-group.key.priority, -group.key.depth, _head_number(group), group.number))
 
 
 def _head_number(group: Group) -> int:

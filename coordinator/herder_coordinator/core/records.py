@@ -35,6 +35,9 @@ class JobOpened(_Record, frozen=True):
     client: Incarnation
     owner: str
     spec: JobSpec
+    #: Its client is a running task's own: the attempt, and how many tasks stand above the job.
+    attempt: AttemptId | None = None
+    depth: int = 0
 
 
 class FunctionKept(_Record, frozen=True):
@@ -151,6 +154,8 @@ class JobRestored(_Record, frozen=True):
     closed: bool = False
     cancelled: bool = False
     age_s: float = 0.0
+    attempt: AttemptId | None = None
+    depth: int = 0
 
 
 class TasksRestored(_Record, frozen=True):

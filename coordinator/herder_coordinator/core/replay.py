@@ -22,7 +22,7 @@ def replay(state: State, record: records.Record) -> None:
         case records.EpochStarted() | records.JobClosed() | records.EventsAcked() | records.JobForgotten():
             _apply_job(state, record)
         case records.JobOpened():
-            apply.open_job(state, record.client, record.owner, record.spec)
+            apply.open_job(state, record.client, record.owner, record.spec, record.attempt, record.depth)
         case records.FunctionKept():
             apply.keep_function(state, record.function)
         case records.FunctionsDropped():
@@ -118,7 +118,7 @@ def _apply_restored(
 ) -> None:
     match record:
         case records.JobRestored():
-            job = apply.open_job(state, record.client, record.owner, record.spec)
+            job = apply.open_job(state, record.client, record.owner, record.spec, record.attempt, record.depth)
             job.base = job.acked = record.cursor
             job.feeds[record.client] = Feed(record.cursor, record.cursor)
             job.closed, job.cancelled, job.opened_s = record.closed, record.cancelled, state.now_s - record.age_s

@@ -45,6 +45,7 @@ def snapshot(state: State) -> list[Record]:
 
 
 def _job(state: State, job: Job) -> Iterator[Record]:
+    client = state.clients.get(job.client)
     yield records.JobRestored(
         client=job.client,
         owner=job.owner,
@@ -53,6 +54,8 @@ def _job(state: State, job: Job) -> Iterator[Record]:
         closed=job.closed,
         cancelled=job.cancelled,
         age_s=max(0.0, state.now_s - job.opened_s),
+        attempt=client.attempt if client is not None else None,
+        depth=job.depth,
     )
     yield from _tasks(job)
     for first in range(0, len(job.ends), limits.BATCH_TASKS_MAX):

@@ -106,6 +106,8 @@ class Task(msgspec.Struct, eq=False):
     ordinal: int = 0
     node: Node | None = None
     queued_s: float = 0.0
+    #: It waits for tasks of its own, and its node has its cores back meanwhile.
+    lent: bool = False
     #: In `Group.again`, `Group.careful` or `Group.suspects`.
     queued: bool = False
     #: Its ticket in `State.delayed`; 0 = not there.
@@ -157,6 +159,8 @@ class GroupKey:
     workload: WorkloadKey
     request: Request
     idempotent: bool
+    #: See `Job.depth`.
+    depth: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -202,6 +206,8 @@ class Job:
     feeds: dict[Incarnation, Feed] = field(default_factory=dict)
     #: Its client is gone for good: forgotten at this time, if all has ended.
     forget_s: float | None = None
+    #: How many tasks stand above it: submitted by a task whose own job has one less.
+    depth: int = 0
 
     @property
     def id(self) -> JobId:
@@ -270,6 +276,9 @@ class Client:
     jobs: dict[JobId, None] = field(default_factory=dict)
     watched: dict[JobId, None] = field(default_factory=dict)
     noticed: bool = False
+    #: It is the running task's own: the attempt with which it ends. And how deep its jobs are.
+    attempt: AttemptId | None = None
+    depth: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -328,6 +337,9 @@ class State:
     idle_functions: dict[BlobId, None] = field(default_factory=dict)
     drained: dict[NodeName, None] = field(default_factory=dict)
     dependants: dict[TaskKey, list[Task]] = field(default_factory=dict)
+    #: Tasks' own clients by their attempts; and those whose attempt has ended, to be given up before the step ends.
+    task_clients: dict[AttemptId, Incarnation] = field(default_factory=dict)
+    orphans: list[Incarnation] = field(default_factory=list)
     #: A heap of `(due, ticket, task)`; an entry counts while the task has that ticket.
     delayed: list[tuple[float, int, Task]] = field(default_factory=list)
     #: Tasks of which something changed that needs a decision before the step ends.
@@ -383,6 +395,9 @@ def check_invariants(state: State) -> None:
     for group in state.groups.values():
         _check_group(state, group)
     assert not state.loose, "a task was left without its decision"
+    assert not state.orphans, "a client of a task that has ended was left without its decision"
+    for attempt, incarnation in state.task_clients.items():
+        assert state.clients[incarnation].attempt == attempt
     for key, tasks in state.dependants.items():
         job_of = state.jobs.get(key[0])
         assert job_of is not None
@@ -430,7 +445,9 @@ def _check_node(node: Node) -> None:
     if node.facts is None:
         return
     requests = [task.job.group.request for task in held]
-    assert node.free_cores == node.cores - sum(request.cores for request in requests) >= 0
+    busy = sum(task.job.group.request.cores for task in held if not task.lent)
+    assert node.free_cores == node.cores - busy >= 0
+    assert not any(node.attempts[attempt].lent for attempt in node.ahead)
     assert node.free_memory_bytes == node.memory_bytes - sum(request.memory_bytes for request in requests) >= 0
     assert node.free_gpus == node.gpus - sum(request.gpus for request in requests) >= 0
     for name, total in node.resources.items():

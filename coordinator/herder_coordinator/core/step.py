@@ -38,6 +38,8 @@ def step(state: State, event: events.Event, now_s: float) -> list[Effect]:
         turn.count("stalled", (), late_s)
     state.now_s = max(state.now_s, now_s)
     _take_in(turn, event)
+    if state.orphans:
+        clients.settle_orphans(turn)
     if state.loose:
         ends.settle_loose(turn)
     while turn.wake:
@@ -53,6 +55,8 @@ def _take_in(turn: Turn, event: events.Event) -> None:
             agents.attempts_ended(turn, event)
         case events.AttemptsStarted():
             agents.attempts_started(turn, event)
+        case events.SlotsChanged():
+            agents.slots_changed(turn, event)
         case events.TasksSubmitted():
             clients.tasks_submitted(turn, event)
         case events.EventsAcked():

@@ -23,6 +23,7 @@ from herder_shared.wire.messages import (
     Function,
     JobBrief,
     Payload,
+    Refused,
     StartAttempts,
     SubmitRefused,
     TaskEnd,
@@ -125,7 +126,7 @@ class Turn:
         if node.session:
             self._cancels.setdefault((node.name, waiting_only), (node, []))[1].append(attempt)
 
-    def to_client(self, client: Incarnation, message: CoordinatorToClient, durable: bool = True) -> None:
+    def to_client(self, client: Incarnation, message: CoordinatorToClient | Refused, durable: bool = True) -> None:
         self._to_clients.append(SendToClient(client, message, "durable" if durable else "now"))
 
     def refuse(self, client: Incarnation, job: JobId, first: int, error: str, message: str) -> None:
@@ -169,7 +170,8 @@ class Turn:
         if client is None or not client.session or feed.paused:
             return
         feed.sent = max(feed.sent, job.base)
-        while feed.sent < job.cursor and feed.sent - feed.acked < FEED_TASKS_MAX and feed.flight_bytes < FEED_BYTES_MAX:
+        bytes_max = FEED_BYTES_MAX if client.attempt is None else limits.TASK_CLIENT_FEED_BYTES_MAX
+        while feed.sent < job.cursor and feed.sent - feed.acked < FEED_TASKS_MAX and feed.flight_bytes < bytes_max:
             batch: list[TaskEnd] = []
             size_bytes = 0
             for place in range(feed.sent - job.base, min(len(job.ends), feed.sent - job.base + limits.BATCH_TASKS_MAX)):

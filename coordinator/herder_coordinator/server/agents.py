@@ -21,11 +21,13 @@ from herder_coordinator.core.events import (
     AgentSynced,
     AttemptsEnded,
     AttemptsStarted,
+    SlotsChanged,
     WorkloadsReported,
 )
 from herder_coordinator.server.blobs import BlobStore
 from herder_coordinator.server.coalesce import halve
 from herder_coordinator.server.loop import CoreLoop
+from herder_coordinator.server.relays import Relays
 from herder_coordinator.server.transfers import Transfers
 from herder_shared.errors import HerderError, PayloadTooLarge, Unreachable
 from herder_shared.ids import BlobId, NodeName
@@ -51,10 +53,11 @@ class _AgentLink:
 class Agents:
     """All live links with agents."""
 
-    def __init__(self, core: CoreLoop, store: BlobStore, transfers: Transfers) -> None:
+    def __init__(self, core: CoreLoop, store: BlobStore, transfers: Transfers, relays: Relays) -> None:
         self._core = core
         self._store = store
         self._transfers = transfers
+        self._relays = relays
         #: By session; at a time there may be an old and a new one of the same node.
         self._links: dict[int, _AgentLink] = {}
         self._by_node: dict[NodeName, _AgentLink] = {}
@@ -87,6 +90,7 @@ class Agents:
         for pull in agent.pulls.values():
             if not pull.done():
                 pull.set_exception(Unreachable(f"agent {agent.node} is gone"))
+        self._relays.agent_closed(link, error)
         log.info("agent %s disconnected (session %d): %s", agent.node, link.session, error or "closed")
         self._core.raise_event(AgentDisconnected(agent.node, link.session))
 
@@ -116,6 +120,14 @@ class Agents:
                 ends, missing = self._split(agent, message.ended)
                 late = tuple(m.RunningAttempt(end.attempt, end.job, end.index, started=True) for end in missing)
                 self._core.raise_event(AgentSynced(node, session, message.running + late, ends, message.more))
+            case m.SlotsChanged():
+                self._core.raise_event(SlotsChanged(node, session, message.lent, message.reclaimed))
+            case m.TaskClientSaid():
+                self._relays.said(agent.link, message)
+            case m.TaskClientOpened():
+                self._relays.opened(agent.link, node, message)
+            case m.TaskClientClosed():
+                self._relays.closed(agent.link, message.attempt)
             case m.WorkloadsReported():
                 self._core.raise_event(WorkloadsReported(node, session, message.reports))
             case m.Metrics():

@@ -19,7 +19,7 @@ from herder_coordinator.server.coalesce import halve
 from herder_coordinator.server.loop import CoreLoop
 from herder_coordinator.server.transfers import Transfers
 from herder_shared.errors import ConfigError, DataLost, HerderError, JobNotFound, PayloadTooLarge, RemoteProtocolError
-from herder_shared.ids import BlobId, Incarnation, JobId
+from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
 from herder_shared.wire import messages as m
 from herder_shared.wire.stream import Link
 
@@ -58,14 +58,14 @@ class Clients:
 
     # --- what links report -------------------------------------------------------------------------------------------
 
-    def opened(self, link: Link) -> None:
-        """A client said hello and was welcomed."""
+    def opened(self, link: Link, node: NodeName | None = None, attempt: AttemptId | None = None) -> None:
+        """A client said hello and was welcomed. `attempt`: it is the task's own that runs as this, says its node."""
         client = _ClientLink(link, link.hello.incarnation)
         self._links[link] = client
         self._by_client[client.client] = client
         owner = link.hello.owner or link.peer.name
         log.info("client %s of %r connected (session %d)", client.client, owner, link.session)
-        self._core.raise_event(events.ClientConnected(client.client, link.session, owner))
+        self._core.raise_event(events.ClientConnected(client.client, link.session, owner, node, attempt))
 
     def closed(self, link: Link, error: HerderError | None) -> None:
         """The link is gone."""

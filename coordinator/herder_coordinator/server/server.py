@@ -24,6 +24,7 @@ from herder_coordinator.server.agents import Agents
 from herder_coordinator.server.blobs import BlobStore
 from herder_coordinator.server.clients import Clients
 from herder_coordinator.server.loop import SYNC_HANGS_S, CoreLoop
+from herder_coordinator.server.relays import Relays
 from herder_coordinator.server.transfers import Transfers
 from herder_shared import tls
 from herder_shared.config import HTTP_PORT, PORT, CoordinatorConfig, parse_address
@@ -104,8 +105,9 @@ class Server:
         log.info("life %d of cluster %s: replayed in %.3f s", self.epoch, self.cluster, loop.time() - start_s)
         self._store.open(state.blobs, loop.time())
         core = self._core = CoreLoop(state, journal, self, self._failed)
-        self._agents = Agents(core, self._store, self._transfers)
         self._clients = Clients(core, self._store, self._transfers, self._status)
+        relays = Relays(self._clients, self._transfers, self._welcome)
+        self._agents = Agents(core, self._store, self._transfers, relays)
         self._clients.shut_down = self._shut_down
         core.start(effects)
         self._acceptor = Acceptor(context=context, cluster=self.cluster, welcome=self._welcome, observer=self)

@@ -16,6 +16,10 @@ records became durable. `TasksEnded(job, cursor, ends)` starts at `cursor`; the 
 **The way of an attempt.** `StartAttempts` carries with it whatever the agent's session has not been told before
 (workloads, jobs, functions). The agent answers with `AttemptsStarted` and `AttemptsEnded`; it keeps each end until
 `AckAttempts`, and lists running attempts and unacknowledged ends in `Sync` after each (re)connection.
+
+**The way of a task's own client.** A running task may be a client too (decision 22). It speaks through its agent:
+`TaskClientOpened`, then each of its messages in a `TaskClientSaid`, each answer in a `TellTaskClient`; for whom it may
+act follows from the attempt.
 """
 
 from __future__ import annotations
@@ -281,6 +285,8 @@ class RunningAttempt(_HotPart, frozen=True):
     job: JobId
     index: int
     started: bool
+    #: It has given its cores up while it waits for tasks of its own.
+    lent: bool = False
 
 
 class NodeFacts(_Part, frozen=True):
@@ -662,6 +668,21 @@ class Answer(_Message, frozen=True):
 # --- coordinator to agent --------------------------------------------------------------------------------------------
 
 
+class TellTaskClient(_Message, frozen=True):
+    """To the client inside the task that runs as this attempt: the body of one frame, a `CoordinatorToClient`."""
+
+    attempt: AttemptId
+    body: bytes
+
+
+class DropTaskClient(_Message, frozen=True):
+    """There is no such client, or it broke the rules: tell it why, and end it."""
+
+    attempt: AttemptId
+    error: str
+    message: str
+
+
 class StartAttempts(_Message, frozen=True):
     """Obeyed only in the session it names."""
 
@@ -737,6 +758,37 @@ class AttemptsEnded(_Message, frozen=True):
     ends: tuple[AttemptEnd, ...]
 
 
+class SlotsChanged(_Message, frozen=True):
+    """Attempts that have given their cores up while they wait for tasks of their own, and attempts that want them
+    back: these go on before anything that is queued at the agent."""
+
+    lent: tuple[AttemptId, ...] = ()
+    reclaimed: tuple[AttemptId, ...] = ()
+
+
+class TaskClientOpened(_Message, frozen=True):
+    """The task that runs as this attempt has made itself a client. Said again after each (re)connection."""
+
+    attempt: AttemptId
+    incarnation: Incarnation
+    protocol: int
+    version: str = ""
+    python: str = ""
+
+
+class TaskClientSaid(_Message, frozen=True):
+    """From that client: the body of one frame, a `ClientToCoordinator` without the verbs of admins."""
+
+    attempt: AttemptId
+    body: bytes
+
+
+class TaskClientClosed(_Message, frozen=True):
+    """That client is gone for good."""
+
+    attempt: AttemptId
+
+
 class WorkloadsReported(_Message, frozen=True):
     reports: tuple[WorkloadReport, ...]
 
@@ -784,13 +836,27 @@ CoordinatorToAgent = (
     | PullMetrics
     | Drain
     | Stop
+    | TellTaskClient
+    | DropTaskClient
     | PutBlob
     | BlobStored
     | WantBlob
     | NoBlob
 )
 AgentToCoordinator = (
-    Sync | AttemptsStarted | AttemptsEnded | WorkloadsReported | Metrics | PutBlob | BlobStored | WantBlob | NoBlob
+    Sync
+    | AttemptsStarted
+    | AttemptsEnded
+    | SlotsChanged
+    | TaskClientOpened
+    | TaskClientSaid
+    | TaskClientClosed
+    | WorkloadsReported
+    | Metrics
+    | PutBlob
+    | BlobStored
+    | WantBlob
+    | NoBlob
 )
 SessionMessage = Hello | Welcome | Refused | Heartbeat | HeartbeatAck
 Message = SessionMessage | ClientToCoordinator | CoordinatorToClient | CoordinatorToAgent | AgentToCoordinator
