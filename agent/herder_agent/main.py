@@ -96,7 +96,7 @@ class Agent:
             server_name=server_name(self._cluster),
             hello=self._hello,
             observer=agent.connection,
-            heartbeat=lambda n: Heartbeat(n, agent.report()),
+            heartbeat=self._heartbeat,
             failing=self._failing,
         )
         self._watch(loop)
@@ -169,13 +169,20 @@ class Agent:
             python=python_tag(),
         )
 
+    def _heartbeat(self, n: int) -> Heartbeat:
+        self._agent.connection.beat(n)
+        return Heartbeat(n, self._agent.report())
+
     def _linked(self, epoch: int) -> None:
         """A session is open: from now on no coordinator of a lower epoch is obeyed, in our next life neither."""
         if epoch > self._epoch_seen:
             self._epoch_seen = epoch
             part = self._epoch_file.with_suffix(".part")
-            part.write_text(f"{epoch}\n")
-            part.replace(self._epoch_file)
+            try:
+                part.write_text(f"{epoch}\n")
+                part.replace(self._epoch_file)
+            except OSError as error:  # our next life may obey an older coordinator: better than not to work at all
+                _log.error("the epoch cannot be kept in %s: %s", self._epoch_file, error)
         if self._hello_fd is not None:
             hello = {
                 "pid": os.getpid(),

@@ -169,6 +169,11 @@ class Coordinator:
         """Wait until an agent has connected and synced."""
         self.wait(lambda: self.link is not None and len(self.syncs) == self.sessions)
 
+    def fault(self) -> str:
+        """What the agent says is wrong with its node, in its last heartbeat."""
+        report = self.heartbeats[-1].report if self.heartbeats else None
+        return report.fault if report is not None else ""
+
     def close(self) -> None:
         """End the link and the loop."""
         self.loop.run_until_complete(self._acceptor.close())

@@ -100,11 +100,19 @@ def end(  # noqa: PLR0917
 
 
 def report_answer(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
-    """Report the end of an attempt whose child has answered and still has to exit: the way down of a process is not on
-    the way of its result. The slot stays taken until the last of its processes is gone."""
+    """Report the end of an attempt before it frees its slot: its child has answered and still has to exit (the way down
+    of a process is not on the way of its result). The slot stays taken until the last of its processes is gone."""
     outcome, failure = conclude(attempt)
     _report_end(state, attempt, outcome, failure, _usage(state, attempt, now_s), effects)
     attempt.dropped = True
+
+
+def keep_stuck(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
+    """Report the end of an attempt whose processes cannot be killed. Its slot stays taken: they still use it."""
+    del state.leaving[attempt.id]
+    state.stuck[attempt.id] = attempt
+    if not attempt.dropped:
+        report_answer(state, attempt, now_s, effects)
 
 
 def _report_end(  # noqa: PLR0917
@@ -133,6 +141,7 @@ def _leave_collections(state: State, attempt: Attempt) -> None:
                 pool.waiting.pop(attempt.id, None)
         case Phase.LEAVING:
             state.leaving.pop(attempt.id, None)
+            state.stuck.pop(attempt.id, None)
         case _:
             pass
 

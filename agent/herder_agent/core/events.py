@@ -95,6 +95,23 @@ class JobsForgotten:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftoversStuck:
+    """What the ended children left behind cannot be killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StuckGone:
+    """What could not be killed is gone after all."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed:
+    """The coordinator has answered what was sent a lease before `until_s`: so long it certainly trusts this agent."""
+
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkWaitingHeard:
     waiting: bool
 
@@ -293,6 +310,9 @@ Event = (
     | CancelOrdered
     | AttemptsAcked
     | JobsForgotten
+    | LeftoversStuck
+    | StuckGone
+    | LeaseRenewed
     | WorkWaitingHeard
     | BlobsArrived
     | BlobsLost

@@ -1,8 +1,8 @@
 """All that an agent knows of its attempts, children, templates and workloads.
 
 Where an attempt is says which collection holds it: `QUEUED` in `queue`; `FETCHING` only in `attempts`; `WAITING` in its
-workload's `undecided` or its pool's `waiting`; `SENT`, `RUNNING` and `ANSWERED` in its child; `LEAVING` in
-`leaving`. From `FETCHING` on it holds a slot. An attempt that has ended is in `ends` until the coordinator has it.
+workload's `undecided` or its pool's `waiting`; `SENT`, `RUNNING` and `ANSWERED` in its child; `LEAVING` in `leaving` or
+`stuck`. From `FETCHING` on it holds a slot. An attempt that has ended is in `ends` until the coordinator has it.
 """
 
 from __future__ import annotations
@@ -324,12 +324,16 @@ class State:
     account: Account
     session: int = 0
     connected: bool = False
+    #: Until then the coordinator has certainly not given up what we have: later, what may run once is not begun.
+    lease_until_s: float = 0.0
     jobs: dict[JobId, JobBrief] = field(default_factory=dict)
     blob_functions: set[BlobId] = field(default_factory=set)
     workloads: dict[WorkloadKey, Workload] = field(default_factory=dict)
     attempts: dict[AttemptId, Attempt] = field(default_factory=dict)
     queue: dict[AttemptId, Attempt] = field(default_factory=dict)
     leaving: dict[AttemptId, Attempt] = field(default_factory=dict)
+    #: Reported; they keep their slots, as processes of theirs cannot be killed.
+    stuck: dict[AttemptId, Attempt] = field(default_factory=dict)
     ends: dict[AttemptId, AttemptEnd] = field(default_factory=dict)
     #: Ends whose result the coordinator does not have yet.
     uploading: dict[BlobId, list[AttemptId]] = field(default_factory=dict)
@@ -387,7 +391,7 @@ def check_invariants(state: State) -> None:
     for attempt in state.attempts.values():
         assert (attempt.slot is None) == (attempt.phase is Phase.QUEUED), attempt.phase
         assert (attempt.id in state.queue) == (attempt.phase is Phase.QUEUED)
-        assert (attempt.id in state.leaving) == (attempt.phase is Phase.LEAVING)
+        assert (attempt.id in state.leaving or attempt.id in state.stuck) == (attempt.phase is Phase.LEAVING)
         waits = attempt.id in attempt.workload.undecided or any(
             attempt.id in pool.waiting for pool in attempt.workload.pools.values()
         )

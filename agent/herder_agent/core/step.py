@@ -18,6 +18,7 @@ from herder_agent.core.attempts import (
     conclude,
     drop,
     end,
+    keep_stuck,
     move,
     note_memory,
     pids_limit,
@@ -55,9 +56,12 @@ from herder_agent.core.events import (
     Disconnected,
     Event,
     JobsForgotten,
+    LeaseRenewed,
     LeftoversGone,
+    LeftoversStuck,
     MemorySeen,
     OracleDenied,
+    StuckGone,
     TemplateExited,
     TemplateFailed,
     TemplateNotBranched,
@@ -108,6 +112,13 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
             for attempt in list(state.leaving.values()):
                 outcome, failure = conclude(attempt)
                 end(state, attempt, outcome, failure, now_s, effects)
+        case LeftoversStuck():
+            for attempt in list(state.leaving.values()):
+                keep_stuck(state, attempt, now_s, effects)
+        case StuckGone():
+            for attempt in list(state.stuck.values()):
+                outcome, failure = conclude(attempt)
+                end(state, attempt, outcome, failure, now_s, effects)
         case ChildForked():
             _child_forked(state, event, now_s, effects)
         case AttemptsOrdered():
@@ -120,6 +131,8 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
                 unwanted = state.attempts.get(attempt_id)
                 if unwanted is not None and not (event.waiting_only and unwanted.has_child):
                     stop(state, unwanted, Outcome.CANCELLED, event.grace_s, now_s, effects)
+        case LeaseRenewed():
+            state.lease_until_s = max(state.lease_until_s, event.until_s)
         case WorkWaitingHeard():
             state.account.advance(now_s)
             state.account.work_waiting = event.waiting
@@ -171,9 +184,9 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
 
 def _take_slots(state: State, now_s: float, effects: list[Effect]) -> None:
     while state.queue and not state.slots.is_full:
-        attempt = next(iter(state.queue.values()))
-        slot = state.slots.take(attempt.request)
-        if slot is None:
+        attempt = _next_in_queue(state, now_s)
+        slot = state.slots.take(attempt.request) if attempt is not None else None
+        if attempt is None or slot is None:
             return
         del state.queue[attempt.id]
         attempt.workload.queued -= 1
@@ -182,6 +195,14 @@ def _take_slots(state: State, now_s: float, effects: list[Effect]) -> None:
         move(state, attempt, Phase.FETCHING)
         if attempt.fetched:
             launchers.place(state, attempt, now_s, effects)
+
+
+def _next_in_queue(state: State, now_s: float) -> Attempt | None:
+    """Out of its lease the coordinator may have written off what may run once: that waits for the next `SyncOk`."""
+    first = next(iter(state.queue.values()))
+    if first.options.idempotent or now_s < state.lease_until_s:
+        return first
+    return next((attempt for attempt in state.queue.values() if attempt.options.idempotent), None)
 
 
 # --- orders ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 A blob is a file named by its hash; it is there wholly or not at all (written aside, checked, renamed). What an attempt
 needs, and results that the coordinator does not have yet, are pinned; the rest goes when the budget is exceeded, the
-least recently used first.
+least recently used first. A result for which the disk has no room stays in a memory file until it is not pinned any
+more: work that is done is not lost for want of a disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from herder_shared.errors import DataLost
@@ -49,7 +52,8 @@ class Partial:
 
     def abandon(self) -> None:
         """Throw it away."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is buffered has no room either
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -63,6 +67,9 @@ class BlobStore:
         self._pins: dict[BlobId, int] = {}
         self._bytes = 0
         self._partials = 0
+        #: Blobs which the disk would not take, and what it said last ("": it takes them).
+        self._in_memory: dict[BlobId, int] = {}
+        self._trouble = ""
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime):
             if len(path.name) == 40:
                 self._add(BlobId(path.name), path.stat().st_size)
@@ -73,6 +80,10 @@ class BlobStore:
     def size_bytes(self) -> int:
         """All blobs together."""
         return self._bytes
+
+    def trouble(self) -> str:
+        """Why results have to be kept in memory, as long as some are; "" = they have not."""
+        return self._trouble if self._in_memory else ""
 
     def has(self, blob: BlobId) -> bool:
         """Whether it is here wholly."""
@@ -89,8 +100,10 @@ class BlobStore:
             DataLost: it is not here.
         """
         self._sizes.move_to_end(blob) if blob in self._sizes else None
+        kept = self._in_memory.get(blob)
+        path = self._folder / blob if kept is None else f"/proc/self/fd/{kept}"
         try:
-            return os.open(self._folder / blob, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise DataLost(f"blob {blob} is not on this node: {error}") from error
 
@@ -98,28 +111,45 @@ class BlobStore:
         """Store bytes. May be called in a thread, but for `keep` with the result afterwards in the loop's.
 
         Raises:
-            OSError: the disk is full, or broken.
+            OSError: neither disk nor memory take it.
         """
-        partial = self.receive(len(content))
         try:
-            partial.write(content)
-        except OSError:
-            partial.abandon()
-            raise
-        return self._settle(partial)
+            return self._put([content])
+        except OSError as error:
+            fd = os.memfd_create("herder-result")
+            try:
+                with open(fd, "wb", closefd=False) as file:
+                    file.write(content)
+            except OSError:
+                os.close(fd)
+                raise
+            return self._keep_in_memory(fd, blob_id(content), error)
 
     def put_descriptor(self, fd: int, size: int) -> BlobId:
         """Store what a memfd holds, from its start. As `put`."""
-        partial = self.receive(size)
         try:
-            offset = 0
-            while offset < size and (data := os.pread(fd, min(_COPY_BYTES, size - offset), offset)):
-                partial.write(data)
-                offset += len(data)
+            return self._put(_pieces(fd, size))
+        except OSError as error:
+            content_hash = hashlib.blake2b(digest_size=20)
+            for piece in _pieces(fd, size):
+                content_hash.update(piece)
+            return self._keep_in_memory(os.dup(fd), BlobId(content_hash.hexdigest()), error)
+
+    def _put(self, pieces: Iterable[bytes]) -> BlobId:
+        partial = self.receive(0)
+        try:
+            for piece in pieces:
+                partial.write(piece)
+            return self._settle(partial)
         except OSError:
             partial.abandon()
             raise
-        return self._settle(partial)
+
+    def _keep_in_memory(self, fd: int, blob: BlobId, error: OSError) -> BlobId:
+        self._trouble = f"results do not fit on its disk: {error}"
+        if self._in_memory.setdefault(blob, fd) != fd:
+            os.close(fd)
+        return blob
 
     def keep(self, blob: BlobId, size: int) -> None:
         """Enter what `put` stored into the list."""
@@ -150,6 +180,10 @@ class BlobStore:
             self._pins[blob] = left
         else:
             self._pins.pop(blob, None)
+            kept = self._in_memory.pop(blob, None)
+            if kept is not None:
+                os.close(kept)
+                self._bytes -= self._sizes.pop(blob, 0)
             self._make_room()
 
     def _settle(self, partial: Partial) -> BlobId:
@@ -168,9 +202,16 @@ class BlobStore:
         for blob in list(self._sizes):
             if self._bytes <= self._budget_bytes:
                 return
-            if blob not in self._pins and blob != next(reversed(self._sizes)):
+            if blob not in self._pins and blob not in self._in_memory and blob != next(reversed(self._sizes)):
                 self._bytes -= self._sizes.pop(blob)
                 (self._folder / blob).unlink(missing_ok=True)
+
+
+def _pieces(fd: int, size: int) -> Iterator[bytes]:
+    offset = 0
+    while offset < size and (data := os.pread(fd, min(_COPY_BYTES, size - offset), offset)):
+        yield data
+        offset += len(data)
 
 
 class FunctionCache:

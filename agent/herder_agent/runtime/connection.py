@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -86,12 +87,16 @@ class Connection:
         self._needs: dict[AttemptId, tuple[BlobId, ...]] = {}
         self._downloads: dict[BlobId, _Download] = {}
         self._uploads: dict[BlobId, _Upload] = {}
+        #: When the inventory and the heartbeats that are not answered yet were sent: from then a lease counts.
+        self._sync_s = 0.0
+        self._beats_s: dict[int, float] = {}
 
     # What the link says.
 
     def opened(self, link: Link) -> None:
         """A new session: say what we have, and ask again for what was under way."""
         self.link = link
+        self._beats_s.clear()
         _log.info("connected: epoch %d, session %d", link.epoch, link.session)
         self._linked(link.epoch)
         self._drop_uploads()
@@ -133,7 +138,11 @@ class Connection:
             case SyncOk():
                 if message.drop:
                     self._dispatch(events.AttemptsAcked(message.drop))
+                self._dispatch(events.LeaseRenewed(self._sync_s + link.welcome.lease_s))
             case HeartbeatAck():
+                sent_s = self._beats_s.pop(message.n, None)
+                if sent_s is not None:
+                    self._dispatch(events.LeaseRenewed(sent_s + link.welcome.lease_s))
                 self._dispatch(events.WorkWaitingHeard(message.work_waiting))
             case PutBlob():
                 self._put(link, message)
@@ -161,9 +170,14 @@ class Connection:
         if self.link is None:
             return
         batches = list(_batches(ended))
+        self._sync_s = time.monotonic()
         self.link.send(Sync(running, batches[0] if batches else (), more=len(batches) > 1))
         for batch in batches[1:]:
             self.link.send(AttemptsEnded(batch))
+
+    def beat(self, n: int) -> None:
+        """Heartbeat `n` of this link leaves now."""
+        self._beats_s[n] = time.monotonic()
 
     def report(self, started: list[AttemptId], ends: list[AttemptEnd], workloads: list[WorkloadReport]) -> None:
         """Send the reports of one turn of the loop."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from herder_agent.core.slots import Place
 from herder_shared.errors import ConfigError
+from herder_shared.limits import MIB
 from herder_shared.wire.messages import WorkloadSpec
 
 #: What a template's environment takes from the agent's. Everything else stays with the agent.
@@ -65,6 +66,10 @@ _ONE_THREAD = (
 _TEMPLATE_THREADS = "1"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60
+
+
+#: A disk with less is full: logs of templates, the epoch and small blobs still fit.
+DISK_FREE_BYTES_MIN = 32 * MIB
 
 
 def usable_cpus() -> tuple[int, ...]:
@@ -159,6 +164,26 @@ def memory_total_bytes() -> int:
             if text.isdecimal() and int(text) < _NO_LIMIT_BYTES:
                 limits.append(int(text))
     return min(limits)
+
+
+def is_there(pid: int) -> bool:
+    """Whether there is such a process, other than as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1] != b"Z"
+    except OSError:
+        return False
+
+
+def disk_trouble(folder: Path) -> str:
+    """What is wrong with the disk that `folder` is on; "" = nothing."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError as error:
+        return f"its folder {folder} cannot be used: {error}"
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes < min(DISK_FREE_BYTES_MIN, disk.f_blocks * disk.f_frsize // 20):
+        return f"its disk is full: {free_bytes // MIB} MiB are free at {folder}"
+    return ""
 
 
 def memory_used_bytes() -> int:

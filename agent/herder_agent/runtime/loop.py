@@ -61,7 +61,8 @@ _REPORT_DELAY_S_MAX = 0.025
 _QUEUE_LASTS = 2.0
 #: Weight of the last interval between two ends in their mean.
 _PACE_WEIGHT = 0.1
-#: Leftovers that cannot be killed: looked at again later and later; given up, with a word, after so long.
+#: Leftovers that cannot be killed: looked at again later and later. After so long their attempts are reported, keep
+#: their slots, and the node takes nothing more.
 _SWEEP_RETRY_S = 0.001
 _SWEEP_RETRY_S_MAX = 0.5
 _STUCK_S = 10.0
@@ -136,6 +137,7 @@ class AgentLoop:
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._sweep_since_s = 0.0
         self._sweep_wait_s = _SWEEP_RETRY_S
+        self._stuck: set[int] = set()
         self._started: list[AttemptId] = []
         self._started_timer: asyncio.TimerHandle | None = None
         self._ends: list[AttemptEnd] = []
@@ -324,7 +326,9 @@ class AgentLoop:
                 self._sweep_wait_s = min(2 * self._sweep_wait_s, _SWEEP_RETRY_S_MAX)
                 return
             _log.error("processes that tasks left behind cannot be killed: %s", sorted(left))
+            self._stuck |= left
             self.reaper.known |= left
+            self.dispatch(events.LeftoversStuck())
         self._sweep_since_s = 0.0
         self._sweep_wait_s = _SWEEP_RETRY_S
         self.dispatch(events.LeftoversGone())
@@ -689,7 +693,20 @@ class AgentLoop:
             slots_used=state.slots.used,
             cpu_busy_ratio=self._use.busy_ratio(),
             memory_used_bytes=host.memory_used_bytes(),
+            fault=self._fault(),
         )
+
+    def _fault(self) -> str:
+        """Why nothing more should be started here, if so."""
+        gone = {pid for pid in self._stuck if not host.is_there(pid)}
+        if gone:
+            self._stuck -= gone
+            self.reaper.known -= gone
+            if not self._stuck:
+                self.dispatch(events.StuckGone())
+        if self._stuck:
+            return f"processes that tasks left behind cannot be killed: {sorted(self._stuck)}"
+        return self.store.trouble() or host.disk_trouble(self.place.state_dir)
 
     def _exposition(self, openmetrics: bool) -> tuple[bytes, str]:
         return self.exposition(openmetrics)

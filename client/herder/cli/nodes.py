@@ -39,6 +39,9 @@ def nodes(profile: str | None, as_json: bool) -> None:
         return
     columns = ("node", "state", ">cores", ">running", ">free", ">memory", ">used", ">task share", ">heard", "host")
     print_table(columns, map(node_row, found), empty="no nodes: start agents with herder up, or herder agent")
+    for node in found:
+        if node.report is not None and node.report.fault:
+            click.echo(f"{node.facts.node} takes nothing new: {node.report.fault}")
 
 
 def node_row(node: NodeInfo) -> tuple[str, ...]:

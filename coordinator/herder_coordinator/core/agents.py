@@ -8,7 +8,7 @@ none of the old one's, and a `Sync` lists all that there is.
 from __future__ import annotations
 
 from herder_coordinator.core import apply, events, lease, placement, quarantine
-from herder_coordinator.core.ends import attempt_ended, is_foreign, lost, never_arrived
+from herder_coordinator.core.ends import attempt_ended, is_foreign, lost, never_arrived, note_fault
 from herder_coordinator.core.state import Node, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared.ids import AttemptId, NodeName
@@ -45,6 +45,7 @@ def connected(turn: Turn, event: events.AgentConnected) -> None:
         node.start_failures.clear()
     node.session = event.session
     node.synced = False
+    node.fault = ""
     node.draining = name in state.drained
     node.doubtful.clear()
     node.told_workloads.clear()
@@ -143,6 +144,8 @@ def heard(turn: Turn, event: events.AgentHeard) -> None:
         return
     if event.report is not None:
         node.report = event.report
+        if event.report.fault != node.fault:
+            note_fault(turn, node, event.report.fault)
     if node.doubtful:
         doubtful, node.doubtful = node.doubtful, {}
         _settle(turn, node, doubtful)

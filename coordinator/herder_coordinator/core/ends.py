@@ -299,13 +299,27 @@ def set_drain(turn: Turn, name: NodeName, *, on: bool) -> None:
     apply.set_drain(state, name, on)
     turn.record(records.DrainSet(name, on))
     node = state.nodes.get(name)
-    if node is None:
-        return
+    if node is not None:
+        _drain(turn, node, on=on or bool(node.fault))
+
+
+def note_fault(turn: Turn, node: Node, fault: str) -> None:
+    """Its agent says that nothing more should be started there, and why; or ("") that all is well again. Not durable:
+    the agent says it again."""
+    if fault and not node.fault:
+        turn.count("node_drained", (("node", node.name), ("reason", fault)))
+    node.fault = fault
+    on = bool(fault) or node.name in turn.state.drained
+    if on != node.draining:
+        _drain(turn, node, on=on)
+
+
+def _drain(turn: Turn, node: Node, *, on: bool) -> None:
     node.draining = on
     if node.session:
         node.state = AgentState.DRAINING if on else AgentState.READY
         turn.to_agent(node, Drain(on), durable=True)
-    placement.refresh(state, node)
+    placement.refresh(turn.state, node)
     turn.wake = True
 
 

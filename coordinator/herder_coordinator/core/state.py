@@ -260,6 +260,8 @@ class Node:
     warm: set[WorkloadKey] = field(default_factory=set)
     #: Workloads of the attempts that failed to start here, in a row.
     start_failures: list[WorkloadKey] = field(default_factory=list)
+    #: What its agent says is wrong with it: drained until that is mended.
+    fault: str = ""
     #: The task in quarantine that was sent here last (core/quarantine.py says whether it still is).
     suspect: Task | None = None
 

@@ -391,6 +391,8 @@ class NodeReport(_Part, frozen=True):
     slots_used: float = 0.0
     cpu_busy_ratio: float = 0.0
     memory_used_bytes: int = 0
+    #: What is wrong with the node, in words: nothing more is to be started there until it is mended. "" = nothing.
+    fault: str = ""
 
 
 # --- both directions -------------------------------------------------------------------------------------------------

@@ -680,3 +680,44 @@ def test_news_of_children_and_templates_that_are_gone_is_dropped() -> None:
         ev.JobsForgotten((JOB,)),
     ):
         assert machine.take(event) == [], event
+
+
+def test_out_of_its_lease_an_agent_begins_nothing_that_may_run_once() -> None:
+    machine = Machine(cores=1, idempotent=False)
+    machine.take(ev.LeaseRenewed(machine.now_s + 30.0))
+    assert machine.order(1) == [fx.StartTemplate(1, SPEC)]
+    machine.order(2)
+    machine.take(ev.Disconnected(1))
+    assert machine.take(ev.TemplateFailed(1, Cause.FORK_UNSAFE, "no", ""), after_s=30.0)  # frees the slot
+    assert [attempt.start.index for attempt in machine.state.queue.values()] == [2]
+    machine.take(ev.Connected(2))
+    assert [attempt.start.index for attempt in machine.state.queue.values()] == [2]
+    machine.take(ev.LeaseRenewed(machine.now_s + 30.0))
+    assert not machine.state.queue
+
+
+def test_what_may_run_again_is_begun_out_of_the_lease_and_passes_what_may_not() -> None:
+    machine = Machine(cores=1, idempotent=False)
+    assert machine.order(1) == []
+    other = JobBrief(JobId("b" * 16), "other", KEY, TaskOptions())
+    order_again = replace_job(order(2), other.job)
+    assert machine.take(ev.AttemptsOrdered(1, (order_again,), (SPEC,), (other,))) == [fx.StartTemplate(1, SPEC)]
+    assert [attempt.start.index for attempt in machine.state.queue.values()] == [1]
+
+
+def replace_job(start: AttemptStart, job: JobId) -> AttemptStart:
+    return AttemptStart(start.attempt, job, start.index, start.ordinal, start.function, start.args)
+
+
+def test_what_cannot_be_killed_is_reported_and_keeps_its_slot_until_it_is_gone() -> None:
+    machine = Machine(cores=1, spec=COMMANDS)
+    machine.order(1)
+    machine.forked(1)
+    machine.order(2)
+    machine.take(ev.ChildExited(1, ev.Exit(9)))
+    (end,) = ended(machine.take(ev.LeftoversStuck()))
+    assert (end.attempt, end.outcome) == (ident(1), Outcome.CRASHED)
+    assert machine.take(ev.LeftoversGone()) == []
+    assert [attempt.start.index for attempt in machine.state.queue.values()] == [2]
+    assert any(isinstance(effect, fx.SpawnCommand) for effect in machine.take(ev.StuckGone()))
+    assert not machine.state.stuck

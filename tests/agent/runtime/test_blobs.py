@@ -90,3 +90,24 @@ def test_functions_beyond_the_budget_become_blobs(tmp_path: Path) -> None:
     assert cache.get(blob_id(contents[0])) is None
     assert read(store, blob_id(contents[0])) == contents[0]
     assert cache.get(blob_id(contents[2])) == contents[2]
+
+
+def test_what_the_disk_does_not_take_stays_in_memory_until_nobody_needs_it(tmp_path: Path) -> None:
+    folder = tmp_path / "blobs"
+    store = store_in(folder)
+    folder.rmdir()
+    fd = os.memfd_create("result")
+    os.write(fd, b"a result")
+    blobs = [store.put_descriptor(fd, 8), store.put(b"another")]
+    os.close(fd)
+    assert blobs == [blob_id(b"a result"), blob_id(b"another")]
+    for blob, size in zip(blobs, (8, 7), strict=True):
+        store.pin(blob)
+        store.keep(blob, size)
+    assert [read(store, blob) for blob in blobs] == [b"a result", b"another"]
+    assert "No such file" in store.trouble()
+    for blob in blobs:
+        store.unpin(blob)
+    assert (store.trouble(), store.size_bytes) == ("", 0)
+    with pytest.raises(DataLost):
+        store.open(blobs[0])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cloudpickle
@@ -16,6 +17,7 @@ from herder_shared.ids import AttemptId, WorkloadKey
 from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import AckAttempts, WorkloadSpec
 from support.agent_peer import Coordinator, running, start_agent
+from support.requirements import require_root
 
 pytestmark = pytest.mark.slow
 
@@ -233,3 +235,30 @@ def test_broken_workload_does_not_disturb_another(tmp_path: Path) -> None:
         failing: list[AttemptId] = [coordinator.start(os.getpid, workload=broken) for _ in range(4)]
         assert coordinator.value_of(coordinator.start(os.getpid)) > 0
         assert {coordinator.end_of(attempt).outcome for attempt in failing} == {Outcome.FAILED}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The agent's folder, on a file system of its own with 4 MiB."""
+    require_root()
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk_costs_no_result_and_is_said_until_it_has_room(small_disk: Path, tmp_path: Path) -> None:
+    def large() -> bytes:
+        return b"x" * 3_000_000
+
+    with running(tmp_path) as (coordinator, _):
+        filler = small_disk / "filler"
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(bytes(8 << 20))
+        coordinator.wait(lambda: "disk is full" in coordinator.fault())
+        attempt = coordinator.start(large)
+        assert coordinator.value_of(attempt) == large()
+        filler.unlink()
+        coordinator.wait(lambda: not coordinator.fault())
+        assert coordinator.value_of(coordinator.start(large)) == large()

@@ -12,6 +12,7 @@ from herder_shared.wire.messages import (
     AckAttempts,
     CancelAttempts,
     Drain,
+    NodeReport,
     RunningAttempt,
     SyncOk,
     TemplateInfo,
@@ -314,3 +315,34 @@ def test_a_lost_attempts_reason_is_observed(lab: Lab) -> None:
     assert [(seen.labels, seen.value) for seen in lab.observed if seen.kind == "attempt_lost"] == [
         ((("reason", Cause.NODE_LOST.value),), 1.0)
     ]
+
+
+def test_a_node_whose_agent_says_what_is_wrong_is_drained_until_it_is_mended(lab: Lab) -> None:
+    lab.open()
+    lab.node()
+    full = NodeReport(fault="its disk is full")
+    assert to_agent(lab.do(events.AgentHeard(N1, 1, full))) == [Drain(on=True)]
+    assert state_of(lab) is AgentState.DRAINING
+    assert starts(lab.submit(1)) == []
+    assert lab.do(events.AgentHeard(N1, 1, full)) == []
+    some = lab.do(events.AgentHeard(N1, 1, NodeReport()))
+    assert to_agent(some)[0] == Drain(on=False)
+    assert starts(some)
+
+
+def test_a_mended_node_that_was_drained_by_hand_stays_drained(lab: Lab) -> None:
+    lab.node()
+    lab.do(events.AgentHeard(N1, 1, NodeReport(fault="its disk is full")))
+    lab.do(events.DrainRequested(N1, on=True))
+    assert lab.do(events.AgentHeard(N1, 1, NodeReport())) == []
+    assert state_of(lab) is AgentState.DRAINING
+    lab.do(events.DrainRequested(N1, on=False))
+    assert state_of(lab) is AgentState.READY
+
+
+def test_an_undone_drain_does_not_use_a_node_with_a_fault(lab: Lab) -> None:
+    lab.node()
+    lab.do(events.DrainRequested(N1, on=True))
+    lab.do(events.AgentHeard(N1, 1, NodeReport(fault="its disk is full")))
+    lab.do(events.DrainRequested(N1, on=False))
+    assert state_of(lab) is AgentState.DRAINING
