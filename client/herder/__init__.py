@@ -17,6 +17,7 @@ _HOME = {
     "TaskLogs": "herder.outcomes",
     "TaskUsage": "herder.outcomes",
     "Workload": "herder.workload",
+    "current_client": "herder.in_task",
     "shared": "herder.in_task",
     "task": "herder.in_task",
     "task_options": "herder.in_task",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from herder.client import Client as Client
     from herder.completed import Completed as Completed
     from herder.futures import Future as Future
+    from herder.in_task import current_client as current_client
     from herder.in_task import shared as shared
     from herder.in_task import task as task
     from herder.in_task import task_options as task_options

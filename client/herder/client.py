@@ -200,7 +200,10 @@ class View(concurrent.futures.Executor):
         import asyncio
 
         waiting = [asyncio.wrap_future(future) for future in futures]
-        return list(await asyncio.gather(*waiting, return_exceptions=return_exceptions))
+        with self._connection.patience() as patience:
+            if not all(future.done() for future in futures):
+                patience.begin()
+            return list(await asyncio.gather(*waiting, return_exceptions=return_exceptions))
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

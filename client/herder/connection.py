@@ -23,6 +23,7 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -39,6 +41,7 @@ from herder.lifetime import register
 from herder.outbox import Batch, Cancel, Close, Open, Outbox
 from herder.payload import PYTHON_TAG
 from herder.tracks import Sink, Track
+from herder.turnstile import Patience, Turnstile
 from herder_shared import errors
 from herder_shared.errors import HerderError, Unreachable
 from herder_shared.ids import ClusterId, Incarnation, JobId
@@ -98,12 +101,23 @@ class Endpoint:
     label: str
 
 
+class _Dialler(Protocol):
+    """What keeps a link, and tells its observer."""
+
+    async def run(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class Connection:
     """Thread-safe but for what is marked as the loop's. Made by `Client`, shared by its views, jobs and futures."""
 
     def __init__(self, endpoint: Endpoint, reconnect_timeout_s: float | None) -> None:
         self.endpoint = endpoint
         self.is_foreign = False  # in a forked child: nothing here may be used
+        #: Of a task's own client: where the task stands while it waits.
+        self.turnstile: Turnstile | None = None
+        self._context: ssl.SSLContext | None = None
         self._reconnect_timeout_s = reconnect_timeout_s
         self._incarnation = Incarnation(secrets.token_hex(8))
         self.owner = _owner()
@@ -135,16 +149,16 @@ class Connection:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self, timeout_s: float) -> None:
-        """Connect, and wait until the coordinator welcomes us.
+    def start(self, timeout_s: float | None) -> None:
+        """Connect, and wait until the coordinator welcomes us. None: however long that takes.
 
         Raises:
             Unreachable: nobody answered within `timeout_s`.
             Unauthorized, ProtocolMismatch, ConfigError: trying again would not help.
         """
-        context = client_context(self.endpoint.identity)
+        self._prepare()
         ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(context, ready), name="herder-client", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="herder-client", daemon=True)
         register(self)
         self._thread.start()
         ready.wait()
@@ -161,6 +175,10 @@ class Connection:
         except BaseException:
             self.end(None)
             raise
+
+    def patience(self) -> Patience:
+        """For a thread that may have to wait for tasks: to be entered without a lock, and begun before it blocks."""
+        return Patience(self.turnstile)
 
     def check_usable(self) -> None:
         """Raises:
@@ -342,10 +360,24 @@ class Connection:
             except RuntimeError:
                 pass  # the loop has ended; `_finish` resolves whatever the intake holds
 
-    def _run(self, context: object, ready: threading.Event) -> None:
+    def _prepare(self) -> None:
+        self._context = client_context(self.endpoint.identity)
+
+    def _make_dialler(self) -> _Dialler:
+        assert self._context is not None
+        return Dialler(
+            addresses=self.endpoint.addresses,
+            context=self._context,
+            server_name=server_name(self.endpoint.cluster),
+            hello=self._hello,
+            observer=self,
+            failing=self._failing,
+        )
+
+    def _run(self, ready: threading.Event) -> None:
         error: HerderError | None = None
         try:
-            asyncio.run(self._serve(context, ready))
+            asyncio.run(self._serve(ready))
         except BaseException as bug:  # noqa: BLE001 - the loop's top: whatever it was, nobody may wait for ever
             _log.exception("the connection's thread failed")
             error = HerderError(f"the connection's thread failed: {type(bug).__name__}: {bug}")
@@ -354,16 +386,9 @@ class Connection:
             self._finish(error)
             ready.set()
 
-    async def _serve(self, context: object, ready: threading.Event) -> None:
+    async def _serve(self, ready: threading.Event) -> None:
         self._ending = asyncio.Event()
-        dialler = Dialler(
-            addresses=self.endpoint.addresses,
-            context=context,  # type: ignore[arg-type]
-            server_name=server_name(self.endpoint.cluster),
-            hello=self._hello,
-            observer=self,
-            failing=self._failing,
-        )
+        dialler = self._make_dialler()
         self._loop = asyncio.get_running_loop()
         self._start_loss_timers()
         ready.set()
@@ -375,7 +400,7 @@ class Connection:
         for timer in self._loss_timers:
             timer.cancel()
 
-    async def _dial(self, dialler: Dialler) -> None:
+    async def _dial(self, dialler: _Dialler) -> None:
         try:
             await dialler.run()
         except HerderError as error:

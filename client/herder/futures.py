@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from herder.outcomes import Kind, TaskLogs, TaskUsage, is_cancelled, logs_of, outcome_of, usage_of
+from herder.turnstile import Patience, Waiters
 from herder_shared.errors import HerderError, NotSerializable
 from herder_shared.ids import task_id
 from herder_shared.states import Outcome
@@ -98,7 +99,8 @@ class Future(concurrent.futures.Future[T], Generic[T]):
         self._state = _PENDING
         self._result: Any = None
         self._exception: BaseException | None = None
-        self._waiters: list[Any] = []
+        turnstile = connection.turnstile
+        self._waiters: list[Any] = [] if turnstile is None else Waiters(turnstile)
         self._done_callbacks: list[Any] = []
         self._connection = connection
         self._track = track
@@ -155,9 +157,9 @@ class Future(concurrent.futures.Future[T], Generic[T]):
             HerderError: it will never be known, as the connection has ended.
         """
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        with self._condition:
+        with self._connection.patience() as patience, self._condition:
             while self._usage is None:
-                self._wait(deadline_s)
+                self._wait(deadline_s, patience)
             usage = self._usage
         if isinstance(usage, HerderError):
             raise usage
@@ -265,9 +267,9 @@ class Future(concurrent.futures.Future[T], Generic[T]):
         if self._state == _FINISHED and self._undecoded is None:
             return
         deadline_s = None if timeout is None else time.monotonic() + timeout
-        with self._condition:
+        with self._connection.patience() as patience, self._condition:
             while self._state not in _DONE:
-                self._wait(deadline_s)
+                self._wait(deadline_s, patience)
             end = self._undecoded
         if end is None:
             return
@@ -277,7 +279,7 @@ class Future(concurrent.futures.Future[T], Generic[T]):
                 self._result, self._exception = value, error
                 self._undecoded = None
 
-    def _wait(self, deadline_s: float | None) -> None:
+    def _wait(self, deadline_s: float | None, patience: Patience) -> None:
         if self._connection.is_foreign:
             self._connection.check_usable()
         if self._connection.is_in_loop:
@@ -288,6 +290,7 @@ class Future(concurrent.futures.Future[T], Generic[T]):
         left_s = None if deadline_s is None else deadline_s - time.monotonic()
         if left_s is not None and left_s <= 0:
             raise TimeoutError
+        patience.begin()
         self._condition.wait(left_s)
 
 

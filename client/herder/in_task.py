@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any, TypeVar
 
+    from herder.client import Client
+
     _F = TypeVar("_F", bound="Callable[..., Any]")
 
 #: Where `task_options` leaves a function's defaults for the client.
@@ -37,6 +39,27 @@ def task() -> Any:
         RuntimeError: not called from inside a task.
     """
     return _task_module("task").task()
+
+
+def current_client() -> Client:
+    """The running task as a client: it may submit further tasks, and its cores are given up while it waits for them.
+
+    What it submits belongs to the task's owner, and starts as the task itself did unless options say otherwise. It
+    ends with the task, unless `detached=True`: a task that returns waits for it, one that fails cancels it.
+
+    Raises:
+        RuntimeError: not called from inside a task, or its interpreter lacks a package that a client needs.
+    """
+    module = _task_module("current_client")
+    try:
+        from herder.task_client import make_client
+    except ImportError as error:
+        raise RuntimeError(
+            f"herder.current_client() needs the package {error.name!r} in the task's interpreter ({sys.executable}): "
+            "install Herder there with its dependencies (pip install herder)"
+        ) from error
+    made: Client = module.client(make_client).fresh()
+    return made
 
 
 def task_options(**options: Any) -> Callable[[_F], _F]:

@@ -20,6 +20,7 @@ import msgspec
 
 from herder.futures import Future, error_for, guard
 from herder.outcomes import Kind, TaskLogs, is_cancelled, logs_of, outcome_of
+from herder.turnstile import Patience
 from herder_shared.errors import HerderError, JobNotFound
 from herder_shared.ids import task_id
 from herder_shared.states import Outcome
@@ -293,11 +294,11 @@ class MapResults(Iterator[Any]):
 
     def _wait_next(self) -> tuple[Any, BaseException | None, bool]:
         index, record = self._next, self._record
-        with record.changed:
+        with self._connection.patience() as patience, record.changed:
             while not record.has_ended(index):
                 if record.total is not None and index >= record.total:
                     raise StopIteration
-                _wait(record.changed, self._deadline_s, self._connection)
+                _wait(record.changed, self._deadline_s, self._connection, patience)
             if index >= record.submitted_count:
                 raise StopIteration
         return record.outcome(index, self._track, forget=True)
@@ -413,9 +414,9 @@ class Job:
         record = self._record
         seen = 0
         while True:
-            with record.changed:
+            with self._connection.patience() as patience, record.changed:
                 while seen >= len(record.order) and not record.is_over():
-                    _wait(record.changed, deadline_s, self._connection)
+                    _wait(record.changed, deadline_s, self._connection, patience)
                 index = record.order[seen] if seen < len(record.order) else None
             if index is None:
                 break
@@ -473,19 +474,19 @@ class Job:
     def _wait_for(self, index: int, deadline_s: float | None) -> bool:
         """Wait until this task has ended. False: there is no such task."""
         record = self._record
-        with record.changed:
+        with self._connection.patience() as patience, record.changed:
             while not record.has_ended(index):
                 if record.total is not None and index >= record.total:
                     return False
-                _wait(record.changed, deadline_s, self._connection)
+                _wait(record.changed, deadline_s, self._connection, patience)
             return index < record.submitted_count
 
     def _wait_over(self, deadline_s: float | None) -> bool:
         record = self._record
-        with record.changed:
+        with self._connection.patience() as patience, record.changed:
             while not record.is_over():
                 try:
-                    _wait(record.changed, deadline_s, self._connection)
+                    _wait(record.changed, deadline_s, self._connection, patience)
                 except TimeoutError:
                     return False
         return True
@@ -503,7 +504,7 @@ class Job:
                     return over
 
 
-def _wait(changed: threading.Condition, deadline_s: float | None, connection: Connection) -> None:
+def _wait(changed: threading.Condition, deadline_s: float | None, connection: Connection, patience: Patience) -> None:
     if connection.is_foreign:
         connection.check_usable()
     if connection.is_in_loop:
@@ -511,4 +512,5 @@ def _wait(changed: threading.Condition, deadline_s: float | None, connection: Co
     left_s = None if deadline_s is None else deadline_s - time.monotonic()
     if left_s is not None and left_s <= 0:
         raise TimeoutError
+    patience.begin()
     changed.wait(left_s)

@@ -139,8 +139,14 @@ def workload_key(spec: WorkloadSpec) -> WorkloadKey:
     return WorkloadKey(hashlib.blake2b(_ENCODER.encode(anonymous), digest_size=8).hexdigest())
 
 
+#: Inside a task: those of the workload that it runs in.
+task_paths: tuple[str, ...] | None = None
+
+
 def user_code_paths() -> tuple[str, ...]:
     """Folders which tasks import the user's modules from, where a node has them: the script's, then the current one."""
+    if task_paths is not None:
+        return task_paths
     main = sys.modules.get("__main__")
     script = getattr(main, "__file__", None)
     folders = []

@@ -92,6 +92,9 @@ def end(  # noqa: PLR0917
         state.account.move(attempt.request.cores, CORE_STATE[attempt.phase], None)
         state.slots.give_back(attempt.slot)
         attempt.slot = None
+    if state.lent:
+        state.lent.pop(attempt.id, None)
+        state.returning.pop(attempt.id, None)
     del state.attempts[attempt.id]
     if attempt.blobs:
         effects.append(ReleaseBlobs(attempt.id))
@@ -178,11 +181,17 @@ def _usage(state: State, attempt: Attempt, now_s: float) -> Usage:
         memory_source=attempt.memory_source or ("sampled" if attempt.sent_s else ""),
         minor_faults=account.minor_faults if account else 0,
         major_faults=account.major_faults if account else 0,
-        core_s=attempt.request.cores * max(0.0, now_s - attempt.slot_s) if attempt.slot is not None else 0.0,
+        core_s=_core_s(attempt, now_s) if attempt.slot is not None else 0.0,
         pid=attempt.pid,
         read_bytes=account.read_bytes if account else 0,
         write_bytes=account.write_bytes if account else 0,
     )
+
+
+def _core_s(attempt: Attempt, now_s: float) -> float:
+    """Cores held × time, without the time for which they were lent."""
+    held_s = max(0.0, now_s - (attempt.held_s or attempt.slot_s))
+    return attempt.charged_core_s + attempt.request.cores * held_s
 
 
 def note_memory(attempt: Attempt, account: Answer | Exit) -> None:

@@ -161,6 +161,31 @@ class ReportStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportSlot:
+    """It has given its cores up, or wants them back."""
+
+    attempt: AttemptId
+    lent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeTask:
+    """Its cores are its own again: tell the task, which may go on, on these CPUs (empty: any)."""
+
+    attempt: AttemptId
+    n: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseClient:
+    """The task's own client ends, for this reason."""
+
+    attempt: AttemptId
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReportEnd:
     end: AttemptEnd
 
@@ -200,6 +225,9 @@ Effect = (
     | UploadBlob
     | SendSync
     | ReportStarted
+    | ReportSlot
+    | ResumeTask
+    | RefuseClient
     | ReportEnd
     | ReportWorkload
     | Observe

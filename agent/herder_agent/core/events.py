@@ -299,6 +299,21 @@ class MemorySeen:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitBegan:
+    """The task of this attempt waits for tasks of its own."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class WaitEnded:
+    """It wants its cores back; `n` is its own number of the wait."""
+
+    attempt: AttemptId
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """A deadline of `next_deadline_s` has come."""
 
@@ -334,5 +349,7 @@ Event = (
     | ChildExited
     | LeftoversGone
     | MemorySeen
+    | WaitBegan
+    | WaitEnded
     | Ticked
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
@@ -121,6 +121,17 @@ class Slots:
         gpus = tuple(self.gpus.pop(0) for _ in range(request.gpus)) if request.gpus else ()
         self.used += request.cores
         return Slot(request, whole, shared, share, gpus)
+
+    def lend(self, slot: Slot) -> Slot:
+        """Free the cores of `slot`, which must not be used again. What is left of it, which holds none."""
+        self.give_back(Slot(Request(slot.request.cores), slot.whole, slot.shared, slot.share, ()))
+        return Slot(replace(slot.request, cores=0.0), (), -1, 0.0, slot.gpus)
+
+    def retake(self, rest: Slot, request: Request) -> Slot | None:
+        """Hold the cores that `request` asks for besides what `rest`, left by `lend`, holds; None if they are not
+        free."""
+        cores = self.take(Request(request.cores))
+        return Slot(request, cores.whole, cores.shared, cores.share, rest.gpus) if cores is not None else None
 
     def give_back(self, slot: Slot) -> None:
         """Free what `slot` holds; it must not be used again."""

@@ -80,6 +80,9 @@ class Attempt:
     slot: Slot | None = None
     child: int = 0
     slot_s: float = 0.0
+    #: Core-seconds before its cores were last given back to it, and when that was; 0: they were never lent.
+    charged_core_s: float = 0.0
+    held_s: float = 0.0
     sent_s: float = 0.0
     started_s: float = 0.0
     answer: Answer | None = None
@@ -334,6 +337,10 @@ class State:
     leaving: dict[AttemptId, Attempt] = field(default_factory=dict)
     #: Reported; they keep their slots, as processes of theirs cannot be killed.
     stuck: dict[AttemptId, Attempt] = field(default_factory=dict)
+    #: Attempts whose cores are lent while they wait for tasks of their own: what they asked for. And those of them that
+    #: want their cores back, in their order, each with the number of its wait.
+    lent: dict[AttemptId, Request] = field(default_factory=dict)
+    returning: dict[AttemptId, int] = field(default_factory=dict)
     ends: dict[AttemptId, AttemptEnd] = field(default_factory=dict)
     #: Ends whose result the coordinator does not have yet.
     uploading: dict[BlobId, list[AttemptId]] = field(default_factory=dict)
@@ -388,7 +395,9 @@ def check_invariants(state: State) -> None:
     held = sum(a.request.cores for a in state.attempts.values() if a.slot is not None)
     assert abs(held - state.slots.used) < 1e-6, (held, state.slots.used)
     assert abs(sum(state.account.held.values()) - held) < 1e-6, state.account.held
+    assert state.returning.keys() <= state.lent.keys() <= state.attempts.keys()
     for attempt in state.attempts.values():
+        assert attempt.id not in state.lent or attempt.request.cores == 0.0
         assert (attempt.slot is None) == (attempt.phase is Phase.QUEUED), attempt.phase
         assert (attempt.id in state.queue) == (attempt.phase is Phase.QUEUED)
         assert (attempt.id in state.leaving or attempt.id in state.stuck) == (attempt.phase is Phase.LEAVING)

@@ -10,7 +10,7 @@ import signal
 from heapq import heappop
 from typing import assert_never
 
-from herder_agent.core import branches, launchers, values, watch
+from herder_agent.core import branches, launchers, lending, values, watch
 from herder_agent.core.attempts import (
     EXIT_GRACE_S,
     accept,
@@ -69,6 +69,8 @@ from herder_agent.core.events import (
     TemplateSeen,
     TemplateStepped,
     Ticked,
+    WaitBegan,
+    WaitEnded,
     WorkWaitingHeard,
 )
 from herder_agent.core.state import Attempt, Child, ChildPhase, Deadline, Phase, State, TemplateState, Workload
@@ -83,7 +85,7 @@ def step(state: State, event: Event, now_s: float) -> list[Effect]:
     effects: list[Effect] = []
     state.account.clock_s = now_s
     _take(state, event, now_s, effects)
-    while state.queue or state.touched:
+    while state.queue or state.touched or state.returning:
         _take_slots(state, now_s, effects)
         if not state.touched:
             break
@@ -136,6 +138,12 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
         case WorkWaitingHeard():
             state.account.advance(now_s)
             state.account.work_waiting = event.waiting
+        case WaitBegan():
+            if (waiting := state.attempts.get(event.attempt)) is not None:
+                lending.wait_began(state, waiting, now_s, effects)
+        case WaitEnded():
+            if (waiting := state.attempts.get(event.attempt)) is not None:
+                lending.wait_ended(state, waiting, event.n, effects)
         case MemorySeen():
             _memory_seen(state, event, effects)
         case ChildHung():
@@ -183,6 +191,10 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
 
 
 def _take_slots(state: State, now_s: float, effects: list[Effect]) -> None:
+    if state.returning:
+        lending.take_back(state, now_s, effects)
+        if state.returning:
+            return  # what is free is kept for it
     while state.queue and not state.slots.is_full:
         attempt = _next_in_queue(state, now_s)
         slot = state.slots.take(attempt.request) if attempt is not None else None
@@ -256,8 +268,9 @@ def _connected(state: State, event: Connected, effects: list[Effect]) -> None:
             del state.workloads[key]
     uploading = {attempt_id for ids in state.uploading.values() for attempt_id in ids}
     begun = {Phase.RUNNING, Phase.ANSWERED, Phase.LEAVING}
+    lent = state.lent.keys() - state.returning.keys()
     running = [
-        RunningAttempt(a.id, a.start.job, a.start.index, a.phase in begun)
+        RunningAttempt(a.id, a.start.job, a.start.index, a.phase in begun, a.id in lent)
         for a in state.attempts.values()
         if not a.dropped
     ]

@@ -134,6 +134,10 @@ class Started(_Head, frozen=True, tag="started"):
     pass
 
 
+class Client(_Head, frozen=True, tag="client"):
+    """The task makes itself a client: our end of its private socket comes along."""
+
+
 class Result(_Head, frozen=True, tag="result"):
     len: int = 0
     wall: float = 0.0
@@ -167,7 +171,7 @@ class Error(_Head, frozen=True, tag="error"):
 
 
 FromTemplate = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stats | Log
-FromChild = Idle | Failed | Started | Result | Error
+FromChild = Idle | Failed | Started | Client | Result | Error
 
 from_template: msgspec.json.Decoder[FromTemplate] = msgspec.json.Decoder(FromTemplate)
 from_child: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
@@ -184,7 +188,7 @@ def descriptors_of(head: object) -> int:
         return int(head.value)
     if isinstance(head, Branched):
         return 2
-    return 1 if isinstance(head, Result) and head.blob else 0
+    return int(isinstance(head, Client) or (isinstance(head, Result) and head.blob))
 
 
 class Channel(Generic[_T]):

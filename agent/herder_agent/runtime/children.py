@@ -72,12 +72,14 @@ class Children:
         groups: Groups | None = None,
         *,
         is_busy: Callable[[int], bool],
+        open_client: Callable[[int, int], None],
     ) -> None:
         self._loop = loop
         self._poller = poller
         self._store = store
         self._dispatch = dispatch
         self._is_crowded = is_crowded
+        self._open_client = open_client
         self._children: dict[int, Child] = {}
         self._expected: dict[int, _Expected] = {}
         self.limits = Limits(loop, groups or NoGroups("none are asked for"), dispatch)
@@ -262,6 +264,8 @@ class Children:
             case control.Error():
                 child.ends = head.last
                 self._tell_answer(child, self._account(child, head, _failure_of(head, body)))
+            case control.Client():
+                self._open_client(child.number, descriptors[0])
             case control.Idle():
                 child.baseline_bytes = anon_bytes(child.pid)
                 self._dispatch(events.ChildIdle(child.number, head.python, child.baseline_bytes))

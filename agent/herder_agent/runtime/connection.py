@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from herder_agent.core import events
 from herder_agent.core.events import Event
 from herder_agent.runtime.blobs import BlobStore, FunctionCache, Partial
+from herder_agent.runtime.relays import Relays
 from herder_shared.errors import HerderError
 from herder_shared.ids import AttemptId, BlobId
 from herder_shared.limits import BATCH_BYTES_MAX, BATCH_TASKS_MAX, BLOB_CHUNK_BYTES, BLOB_CHUNKS_IN_FLIGHT
@@ -26,6 +27,7 @@ from herder_shared.wire.messages import (
     BlobStored,
     CancelAttempts,
     Drain,
+    DropTaskClient,
     ForgetJobs,
     HeartbeatAck,
     Message,
@@ -38,6 +40,7 @@ from herder_shared.wire.messages import (
     Stop,
     Sync,
     SyncOk,
+    TellTaskClient,
     WantBlob,
     WorkloadReport,
     WorkloadsReported,
@@ -75,6 +78,7 @@ class Connection:
         exposition: Callable[[bool], tuple[bytes, str]],
         stop: Callable[[str], None],
         linked: Callable[[int], None],
+        relays: Relays,
     ) -> None:
         self._store = store
         self._functions = functions
@@ -82,6 +86,7 @@ class Connection:
         self._exposition = exposition
         self._stop = stop
         self._linked = linked
+        self._relays = relays
         self.link: Link | None = None
         self.is_draining = False
         self._needs: dict[AttemptId, tuple[BlobId, ...]] = {}
@@ -101,6 +106,7 @@ class Connection:
         self._linked(link.epoch)
         self._drop_uploads()
         self._dispatch(events.Connected(link.session))
+        self._relays.linked(link)
         for blob, download in self._downloads.items():
             link.send(WantBlob(blob, download.partial.size if download.partial is not None else 0))
 
@@ -112,6 +118,7 @@ class Connection:
         if error is not None:
             _log.warning("%s", error)
         self._drop_uploads()
+        self._relays.unlinked()
         self._dispatch(events.Disconnected(link.session))
 
     def received(self, link: Link, messages: list[Message]) -> None:
@@ -150,6 +157,10 @@ class Connection:
                 self._stored(link, message)
             case NoBlob():
                 self._lost(message.id, f"blob {message.id} is not with the coordinator any more")
+            case TellTaskClient():
+                self._relays.told(message)
+            case DropTaskClient():
+                self._relays.dropped(message)
             case ForgetJobs():
                 self._dispatch(events.JobsForgotten(message.jobs))
             case PullMetrics():

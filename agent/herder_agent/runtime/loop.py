@@ -34,6 +34,7 @@ from herder_agent.runtime.environments import Environments
 from herder_agent.runtime.memory import TemplateWatch
 from herder_agent.runtime.oracle import see_template
 from herder_agent.runtime.reap import Reaper
+from herder_agent.runtime.relays import Relays
 from herder_shared.errors import DataLost
 from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
 from herder_shared.limits import MIB
@@ -104,6 +105,7 @@ class AgentLoop:
         self.reaper = Reaper()
         self.store = BlobStore(place.state_dir / "blobs")
         self.functions = FunctionCache(self.store)
+        self.relays = Relays(self.loop, state, self.dispatch)
         self.connection = Connection(
             store=self.store,
             functions=self.functions,
@@ -111,6 +113,7 @@ class AgentLoop:
             exposition=self._exposition,
             stop=stop,
             linked=linked,
+            relays=self.relays,
         )
         self.exposition: Callable[[bool], tuple[bytes, str]] = lambda _openmetrics: (b"", "text/plain")
         self.environments = Environments(self.loop, place, state.node, self.reaper)
@@ -118,7 +121,14 @@ class AgentLoop:
         self.groups = cgroups.probe(place.cgroup)
         _log.info("limits of attempts: %s", self.groups.reason)
         self.children = Children(
-            self.loop, self.poller, self.store, self.dispatch, self.is_crowded, self.groups, is_busy=self._is_busy
+            self.loop,
+            self.poller,
+            self.store,
+            self.dispatch,
+            self.is_crowded,
+            self.groups,
+            is_busy=self._is_busy,
+            open_client=self.relays.open,
         )
         self.children.limits.pids = state.pids
         self._template_watch = TemplateWatch(self.loop)
@@ -225,6 +235,12 @@ class AgentLoop:
                 self._ends.clear()
                 self._started.clear()
                 self.connection.sync(effect.running, effect.ended)
+            case fx.ReportSlot():
+                self.relays.report(effect)
+            case fx.ResumeTask():
+                self.relays.resume(effect)
+            case fx.RefuseClient():
+                self.relays.refuse(effect.attempt, effect.message)
             case fx.ReportWorkload():
                 self._workloads[effect.report.key] = effect.report
                 self._report_soon()
@@ -738,6 +754,7 @@ class AgentLoop:
         except TimeoutError:
             self.end_now()
         self.children.close()
+        self.relays.close()
         self._template_watch.close()
         self.poller.close()
         self._values.close()

@@ -70,6 +70,7 @@ class Plan:
         self.channel = wire.Channel(nowhere)
         nowhere.close()
         self._unused.close()
+        seen.reach_agent(self.channel)
         self.rehearsal = task.Rehearsal()
         if tasks_max != 1:
             from . import baseline  # noqa: F401 - loaded here, so that no child has to
@@ -144,6 +145,7 @@ def run_fresh(fd: int) -> NoReturn:
             channel.send({"t": "failed", **broken.head})
             os._exit(0)
         task.C_STREAMS.settle()
+        seen.reach_agent(channel)
         runner = task.Runner(seen, preload.python_tag(), preload.thread_controller())
         runner.find_generators()
         channel.send({"t": "idle", "python": runner.python, "setup_from": steps.setup_from, "setup_s": steps.setup_s})

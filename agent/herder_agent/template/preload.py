@@ -202,7 +202,7 @@ def provide_herder(seen: ModuleType) -> None:
         import herder
 
         # Resolved now, so that no child has to.
-        _ = herder.shared, herder.task
+        _ = herder.shared, herder.task, herder.current_client
     except ImportError:
         sys.modules.pop("herder", None)
         stand_in = type(sys)(
@@ -210,6 +210,7 @@ def provide_herder(seen: ModuleType) -> None:
         )
         stand_in.shared = seen.shared  # type: ignore[attr-defined]
         stand_in.task = seen.task  # type: ignore[attr-defined]
+        stand_in.current_client = seen.no_client  # type: ignore[attr-defined]
         sys.modules["herder"] = stand_in
 
 

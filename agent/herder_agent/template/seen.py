@@ -1,14 +1,17 @@
-"""What a task sees of Herder: the module `_herder_task`, to which `herder.shared()` and `herder.task()` lead.
+"""What a task sees of Herder: the module `_herder_task`, to which `herder.shared()`, `herder.task()` and
+`herder.current_client()` lead.
 
 Loaded under that name (and not as a sibling), because pickled arguments refer to `_herder_task.dependency`.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -64,6 +67,11 @@ class Task:
 _task: Task | None = None
 _value: Any = None
 _dependencies: dict[tuple[str, int], Any] = {}
+#: The process's task socket, over which a task may make itself a client; the client; held while either changes, as
+#: nothing may be sent beside the task's answer.
+_channel: Any = None
+_client: Any = None
+_gate = _thread.allocate_lock()
 
 
 def task() -> Task:
@@ -88,6 +96,43 @@ def dependency(job: str, index: int) -> Any:
     return _dependencies[job, index]
 
 
+def reach_agent(channel: Any) -> None:
+    """The agent is at the other end of this channel."""
+    global _channel
+    _channel = channel
+
+
+def client(make: Callable[[int, Task], Any]) -> Any:
+    """The task's own client, made by `make(descriptor, task)` of our end of a private socket, whose other end the agent
+    gets. Raises RuntimeError outside a task."""
+    global _client
+    with _gate:
+        if _task is None or _channel is None:
+            raise RuntimeError(
+                "herder.current_client() was called outside a task: in your own program make a herder.Client()"
+            )
+        if _client is None:
+            from _socket import AF_UNIX, SOCK_STREAM, socketpair
+
+            ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
+            try:
+                _channel.send({"t": "client"}, b"", [theirs.fileno()])
+            finally:
+                theirs.close()
+            _client = make(ours.detach(), _task)
+        return _client
+
+
+def no_client() -> Any:
+    """Stands for `herder.current_client` where only this module stands for Herder."""
+    import sys
+
+    raise RuntimeError(
+        f"herder.current_client() needs the package herder in the task's interpreter, and {sys.executable} has none: "
+        "install it there (pip install herder), or name an interpreter that has it (Workload(python=...))"
+    )
+
+
 def enter(head: dict[str, Any], dependencies: dict[tuple[str, int], Any]) -> None:
     """The task of this head begins."""
     global _task, _dependencies
@@ -95,12 +140,15 @@ def enter(head: dict[str, Any], dependencies: dict[tuple[str, int], Any]) -> Non
     _dependencies = dependencies
 
 
-def leave() -> None:
-    """The task is over."""
-    global _task, _dependencies
-    if _task is not None:
-        _task.clean()
-    _task = None
+def leave(well: bool = False) -> None:
+    """The task is over. What it submitted is waited for if it went `well`, else cancelled."""
+    global _task, _dependencies, _client
+    if _client is not None:
+        _client.leave(well)
+    with _gate:
+        if _task is not None:
+            _task.clean()
+        _task = _client = None
     _dependencies = {}
 
 

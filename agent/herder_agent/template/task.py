@@ -119,7 +119,7 @@ class Runner:
             error = raised
         finally:
             # Before the answer: who has answered has tidied up.
-            self.seen.leave()
+            self.seen.leave(bool(answer))
         flush_all()
         if error is None:
             self._send_result(channel, answer, used)

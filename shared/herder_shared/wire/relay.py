@@ -87,11 +87,10 @@ class Heard(_Local, frozen=True):
 
 
 class SlotBack(_Local, frozen=True):
-    """It may go on, on these CPUs (empty: any). `error`: it must not, since it may not wait here."""
+    """It may go on, on these CPUs (empty: any)."""
 
     n: int
     cpus: tuple[int, ...] = ()
-    error: str = ""
 
 
 class Closed(_Local, frozen=True):
