@@ -43,6 +43,7 @@ def task() -> Any:
 
 def current_client() -> Client:
     """The running task as a client: it may submit further tasks, and its cores are given up while it waits for them.
+    Each call gives a client of its own, to be kept: what is submitted through one makes few jobs.
 
     What it submits belongs to the task's owner, and starts as the task itself did unless options say otherwise. It
     ends with the task, unless `detached=True`: a task that returns waits for it, one that fails cancels it.

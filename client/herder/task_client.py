@@ -68,7 +68,7 @@ def make_client(fd: int, task: RunningTask) -> OwnClient:
 
 
 class OwnClient:
-    """The one connection of a task, and the client last made on it."""
+    """The one connection of a task, on which clients are made."""
 
     def __init__(self, fd: int, task: RunningTask) -> None:
         self._connection = TaskConnection(fd, task)
@@ -77,13 +77,10 @@ class OwnClient:
         assert opened is not None
         workload.task_paths = opened.workload.paths
         self._base = Options(workload=InheritedWorkload(opened.workload), priority=opened.options.priority)
-        self._client: TaskClient | None = None
 
     def fresh(self) -> TaskClient:
-        """A client that takes submissions: the last one, unless it was shut down."""
-        if self._client is None or self._client.has_ended:
-            self._client = TaskClient(self._connection, self._base)
-        return self._client
+        """A client of its own for who asks: whoever ends it ends nobody else's."""
+        return TaskClient(self._connection, self._base)
 
     def leave(self, well: bool) -> None:
         """The task is over: wait for what it submitted, or cancel it."""
@@ -103,11 +100,6 @@ class TaskClient(Client):
 
     def __repr__(self) -> str:
         return f"<herder.Client of {self._connection.endpoint.label}>"
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it was shut down."""
-        return self._has_ended
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As of a view."""

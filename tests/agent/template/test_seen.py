@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +45,49 @@ def test_scratch_folder_that_was_there_is_not_removed(tmp_path: Path) -> None:
     assert found.scratch == str(tmp_path)
     found.clean()
     assert (tmp_path / "kept").exists()
+
+
+class Channel:
+    """A task socket that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.ends: list[int] = []
+
+    def send(self, head: dict[str, Any], _body: bytes, descriptors: list[int]) -> None:
+        self.sent.append(head)
+        self.ends += [os.dup(fd) for fd in descriptors]
+
+
+class Client:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.left: list[bool] = []
+
+    def leave(self, well: bool) -> None:
+        self.left.append(well)
+        os.close(self.fd)
+
+
+def test_a_task_is_one_client_and_its_agent_gets_the_other_end() -> None:
+    channel = Channel()
+    with pytest.raises(RuntimeError, match="outside a task"):
+        seen.client(lambda fd, _task: Client(fd))
+    seen.reach_agent(channel)
+    seen.enter({"job": "j", "index": 3}, {})
+    try:
+        client = seen.client(lambda fd, _task: Client(fd))
+        assert seen.client(lambda _fd, _task: None) is client
+        assert channel.sent == [{"t": "client"}]
+        os.write(client.fd, b"hello")
+        assert os.read(channel.ends[0], 5) == b"hello"
+    finally:
+        seen.leave(True)
+        seen.reach_agent(None)
+        os.close(channel.ends[0])
+    assert client.left == [True]
+
+
+def test_where_herder_is_not_installed_it_says_what_is_missing() -> None:
+    with pytest.raises(RuntimeError, match=f"{re.escape(sys.executable)} has none: install it there"):
+        seen.no_client()
