@@ -16,6 +16,7 @@ from herder import workload
 from herder.task_client import InheritedWorkload, OwnClient
 from herder_shared.errors import HerderError, ProtocolMismatch
 from herder_shared.ids import ClusterId, WorkloadKey
+from herder_shared.states import Outcome
 from herder_shared.wire import messages as m
 from herder_shared.wire.frame import FrameDecoder, encode_frame
 from herder_shared.wire.relay import (
@@ -33,7 +34,7 @@ from herder_shared.wire.relay import (
 )
 
 WAIT_S = 10.0
-SPEC = m.WorkloadSpec(WorkloadKey("w" * 16), name="mine", preload=("json",), paths=("/the/script's",), demoted="why")
+SPEC = m.WorkloadSpec(WorkloadKey("w" * 16), name="mine", preload=("json",), paths=("where-the-script-is",), demoted="why")
 WELCOME = m.Welcome(ClusterId("c" * 32), 3, 5)
 encode = msgspec.msgpack.Encoder().encode
 
@@ -88,7 +89,7 @@ def own(agent: Agent) -> Iterator[OwnClient]:
 
 
 def end_of(index: int, value: bytes) -> m.TaskEnd:
-    return m.TaskEnd(index, m.Outcome.SUCCEEDED, m.Payload(value))
+    return m.TaskEnd(index, Outcome.SUCCEEDED, m.Payload(value))
 
 
 def test_what_it_submits_starts_as_the_task_did(agent: Agent, own: OwnClient) -> None:

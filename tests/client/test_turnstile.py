@@ -102,7 +102,7 @@ def test_a_wait_that_need_not_be_is_none() -> None:
 def patient_futures(agent: Agent) -> list[Future[int]]:
     futures: list[Future[int]] = [Future(), Future()]
     for future in futures:
-        future._waiters = Waiters(agent.turnstile)  # type: ignore[attr-defined]
+        future._waiters = Waiters(agent.turnstile)
     return futures
 
 

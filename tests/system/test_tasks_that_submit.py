@@ -142,8 +142,9 @@ def submit_and(end: Callable[[], Any], folder: str, *, detached: bool = False) -
         with open(path, "w"):
             pass
 
-    mine = herder.current_client().options(detached=detached)
-    job = mine.submit(later, f"{folder}/wrote").job_id
+    mine = herder.current_client()
+    job = mine.options(detached=detached).submit(later, f"{folder}/wrote").job_id
+    mine.status()  # answered after what was said before: the submission is known
     with open(f"{folder}/job.tmp", "w") as file:
         file.write(job)
     import os
