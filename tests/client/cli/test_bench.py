@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from click.testing import CliRunner
 
-from herder.cli.bench.against_pool import pool_of
+from herder.cli.bench.against_pool import PoolHangs, pool_of
 from herder.cli.bench.command import BENCHMARKS, benchmark, figure_row
 from herder.cli.bench.data import by_bare_name
 from herder.cli.bench.figure import (
@@ -86,11 +89,37 @@ def test_pool_answers_and_leaves_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_pool_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_that_hangs_is_given_up() -> None:
     with pool_of("fork", (), 1) as pool:
-        monkeypatch.setattr("herder.cli.bench.against_pool.LIMIT_S", 0.05)
-        with pytest.raises(TimeoutError):
-            pool.run(100_000)
+        with pytest.raises(PoolHangs):
+            pool.run(100_000, limit_s=0.05)
+        assert pool.hangs
+
+
+@pytest.mark.slow
+def test_pool_that_is_busy_outlives_no_benchmark_that_is_killed() -> None:
+    code = """
+import os, signal
+from herder.cli.bench import against_pool
+with against_pool.pool_of("forkserver", (), 1) as pool:
+    try:
+        pool.run(1_000_000, limit_s=0.05)
+    except against_pool.PoolHangs:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with (
+        tempfile.TemporaryDirectory() as folder,  # which it has no time to remove; by a name that fits into a socket's
+        subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": folder}
+        ) as killed,
+    ):
+        assert killed.wait(30) == -signal.SIGKILL
+        assert killed.stderr is not None
+        # Its processes all have this pipe, and end it. The last of them complains of semaphores, and removes them.
+        while select.select([killed.stderr], [], [], 30.0)[0]:
+            if not os.read(killed.stderr.fileno(), 4096):
+                return
+    pytest.fail("it lives on")
 
 
 def test_benchmark_that_lacks_something_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
