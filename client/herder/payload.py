@@ -1,7 +1,7 @@
 """A function and its arguments as bytes: what is pickled how, which tasks it waits for, and what could not be pickled.
 
 Theory of operation. Arguments of plain types take the C pickler alone. Everything else goes through `_Pickler`,
-cloudpickle's with three additions in the reduction hook, which the C pickler calls for no plain container, so they are
+cloudpickle's with four additions in the reduction hook, which the C pickler calls for no plain container, so they are
 free there:
 
 - a `herder.Future` found anywhere becomes a call of `_herder_task.dependency(job, index)` in the child, or, when it is
@@ -9,7 +9,8 @@ done,
   its value in place. The call is built of `operator.methodcaller` and `importlib.import_module`, so that neither side
   needs a module of ours to pickle or to unpickle it;
 - any other future is refused: nobody could wait for it on another machine;
-- code pickled by value is noticed, for then the interpreters on both sides must agree.
+- code pickled by value is noticed, for then the interpreters on both sides must agree;
+- it keeps the name of its file, which cloudpickle 3.1.3 and later replace: a traceback of a task has to say where.
 
 Functions that `submit` sends again and again are pickled once where that cannot be told apart from pickling each time:
 `_snapshot` lists everything that the pickle depends on, and the cache is used only while all of it is the same objects
@@ -219,6 +220,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, concurrent.futures.Future):
             return self._reduce_future(obj)
+        if type(obj) is types.CodeType:
+            return _reduce_code(obj)
         reduced = super().reducer_override(obj)
         if reduced is not NotImplemented and _is_code(obj):
             self.code_by_value = True
@@ -231,6 +234,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.deps[stand_in] = None
         job, index = stand_in
         return operator.methodcaller("dependency", str(job), index), (_TASK_MODULE,)
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    """As cloudpickle does it, but for the file's name, the constructor's 11th argument."""
+    make, args = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    # A new string: the pickle must not depend on who else holds this one.
+    return make, (*args[:10], "".join(code.co_filename), *args[11:])
 
 
 def _is_code(obj: Any) -> bool:

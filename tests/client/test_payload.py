@@ -90,6 +90,17 @@ def test_class_of_a_function_is_code_by_value() -> None:
     assert pickle_call((Local(),), {}, refuse_futures, "f").code_by_value
 
 
+def test_code_by_value_keeps_the_name_of_its_file_and_of_what_is_inside() -> None:
+    def outer() -> str:
+        return (lambda: sys._getframe().f_code.co_filename)()
+
+    pickled = pickle_call((outer,), {}, refuse_futures, "f")
+    (made,), _ = pickle.loads(pickled.content)
+    assert made.__code__ is not outer.__code__
+    assert made.__code__.co_filename == __file__
+    assert made() == __file__
+
+
 # --- futures ---------------------------------------------------------------------------------------------------------
 
 
