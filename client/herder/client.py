@@ -290,18 +290,20 @@ class View(concurrent.futures.Executor):
         future: Future[Any] = Future(
             self._connection, lane.track, lane.kind, cancel_running=lane.options.cancel_running
         )
+
+        def admit(index: int) -> None:
+            lane.sink.admit(future, index)
+            if call.ended is not None:
+                # Before the coordinator can say that it failed: its arguments are not usable.
+                future.end_locally(call.ended.outcome)
+
         try:
-            self._connection.submit(lane.track, call.batch(lane.track.job), partial(lane.sink.admit, future))
+            self._connection.submit(lane.track, call.batch(lane.track.job), admit)
         except BaseException:
             self._connection.unclaim(call.claims)
             raise
         if call.ended is not None:
-            error = call.ended.outcome
             self._connection.cancel(lane.track.job, (future.index,), running=True)
-            if error is None:
-                future.cancel()
-            else:
-                future.fail(error)
         return future
 
     def _new_record(self, kind: Kind) -> Record:

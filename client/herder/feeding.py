@@ -65,10 +65,15 @@ class Feeder:
         if batch is None:
             return
         ended, self._ended = self._ended, []
-        count = len(batch.items)
-        self._connection.submit(self._track, batch, lambda first: self._admit(first + count))
-        for offset, outcome in ended:
-            self._record.end_locally(batch.first + offset, outcome)
+
+        def admit(first: int) -> None:
+            with self._record.changed:
+                self._record.submitted_count = first + len(batch.items)
+            # Before the coordinator can say that they failed: their arguments are not usable.
+            for offset, outcome in ended:
+                self._record.end_locally(first + offset, outcome)
+
+        self._connection.submit(self._track, batch, admit)
         if ended:
             indices = tuple(batch.first + offset for offset, _ in ended)
             self._connection.cancel(self._track.job, indices, running=True)
@@ -84,10 +89,6 @@ class Feeder:
             # Said again behind the last task: what was fed after the first time is meant too.
             self._connection.cancel(self._track.job, None, running=self._record.stops_running)
         self._record.fed(error)
-
-    def _admit(self, upto: int) -> None:
-        with self._record.changed:
-            self._record.submitted_count = upto
 
     @property
     def is_stopped(self) -> bool:

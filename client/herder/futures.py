@@ -227,6 +227,13 @@ class Future(concurrent.futures.Future[T], Generic[T]):
             self._end_as_finished(well=False)
         self._call_back()
 
+    def end_locally(self, error: BaseException | None) -> None:
+        """The task ends here, whatever the coordinator will say of it. None: it is cancelled."""
+        if error is None:
+            self._end_as_cancelled()
+        else:
+            self.fail(error)
+
     def abandon(self) -> None:
         """The task is cancelled and nobody will say when it was over."""
         self._end_as_cancelled()

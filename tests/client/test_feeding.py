@@ -19,6 +19,7 @@ from herder.tracks import Track
 from herder_shared.errors import Unreachable
 from herder_shared.ids import BlobId, JobId, WorkloadKey
 from herder_shared.limits import ARRAY_TASKS_MAX, BATCH_BYTES_MAX, BATCH_TASKS_MAX
+from herder_shared.states import Cause, Outcome
 from herder_shared.wire import messages as m
 
 JOB = JobId("j")
@@ -33,6 +34,8 @@ class Heard:
         self.said: list[str] = []
         self.batches: list[Batch] = []
         self.refusal: Exception | None = None
+        #: Told while a batch is being taken, as soon as that may be.
+        self.ends: list[m.TaskEnd] = []
 
     def submit(self, track: Track, batch: Batch, admit: Callable[[int], None]) -> None:
         if self.refusal is not None:
@@ -40,6 +43,7 @@ class Heard:
         batch.first = track.submitted_count
         track.submitted_count += len(batch.items)
         admit(batch.first)
+        track.sink.ended(self.ends)
         self.batches.append(batch)
         self.said.append(f"submit {batch.first}+{len(batch.items)}")
 
@@ -127,6 +131,14 @@ def test_task_whose_dependency_has_failed_ends_here_and_is_cancelled_there(lane:
         (None, None, True),
         (None, failure, False),
     ]
+
+
+def test_task_that_ended_here_is_not_counted_again_however_soon_the_coordinator_says_that_it_failed(lane: Lane) -> None:
+    lane.heard.ends = [m.TaskEnd(0, Outcome.FAILED, failure=m.Failure(Cause.EXCEPTION, "cannot be unpickled"))]
+    failure = ValueError("upstream")
+    feed(lane.feeder, [call(ended=DependencyEnded(failure))])
+    assert lane.record.outcome(0, Track(JOB, lane.record, SPEC)) == (None, failure, False)
+    assert lane.record.outcome_counts[Outcome.FAILED] == 1
 
 
 def test_error_of_the_iterable_is_kept_for_the_reader_and_ends_the_feeding(lane: Lane) -> None:
