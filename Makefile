@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/herder demo
 
 test: dev
-	$(BIN)/python -m pytest -q
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) tools/test
 
 check: dev
 	tools/check

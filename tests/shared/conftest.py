@@ -39,7 +39,7 @@ def run(request: pytest.FixtureRequest, warm_uvloop: None) -> Iterator[Run]:
         factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.get_loop().set_exception_handler(lambda _, context: complaints.append(context))
-            runner.run(asyncio.wait_for(coroutine, 30))
+            runner.run(asyncio.wait_for(coroutine, 90))
 
     yield run_it
     assert complaints == []

@@ -27,8 +27,8 @@ from pathlib import Path
 
 #: In the environment of everything that the tests start; unique for this run.
 SESSION_VARIABLE = "TEST_SESSION_OF_HERDER"
-#: How long what has been told to end may take to be gone.
-SETTLE_S = 3.0
+#: How long what has been told to end may take to be gone, on a machine with several tests at a time.
+SETTLE_S = 10.0
 SHM = Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -80,7 +80,7 @@ def footprint(private_tmp: Path, *, with_shm: bool) -> Footprint:
         children=frozenset(direct_children()),
         threads=frozenset(thread.ident for thread in threading.enumerate() if thread.ident is not None),
         descriptors=frozenset(open_descriptors()),
-        files=frozenset(_files(private_tmp) | (_files(SHM) if with_shm else set())),
+        files=frozenset(_files(private_tmp)) | (shared_memory() if with_shm else frozenset()),
     )
 
 
@@ -119,10 +119,38 @@ def stray_processes(mark: str) -> dict[int, str]:
     return found
 
 
+def end_stray_processes(mark: str) -> list[str]:
+    """One line for each process with this mark that does not end by itself within `SETTLE_S`; killed now."""
+    if wait_until(lambda: not stray_processes(mark), SETTLE_S):
+        return []
+    strays = stray_processes(mark)
+    for pid in strays:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return [f"process {pid}: {command} (killed)" for pid, command in strays.items()]
+
+
+def shared_memory() -> frozenset[str]:
+    """What is in `/dev/shm`, whoever put it there."""
+    return frozenset(_files(SHM))
+
+
+def shared_memory_since(before: frozenset[str]) -> list[str]:
+    """One line for each file there that is new and not another user's, after giving it `SETTLE_S` to go away."""
+
+    def found() -> frozenset[str]:
+        now = shared_memory()
+        return now - before - _shared_memory_of_others(now)
+
+    wait_until(lambda: not found(), SETTLE_S)
+    return [f"file {name}" for name in sorted(found())]
+
+
 def private_temporary_folder() -> Path:
-    """A temporary folder of this run alone, set as the default for it and all it starts."""
-    folder = Path(tempfile.mkdtemp(prefix="herder-tests-"))
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    """A temporary folder of this process alone, set as the default for it and all it starts."""
+    # Beside and not below that of the process which hands out tests: names of sockets have to stay short.
+    root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix="herder-tests-", dir=root))
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = str(folder)
     return folder

@@ -182,7 +182,7 @@ def blob(n: int, size_bytes: int = 0) -> PutBlob:
 @contextlib.contextmanager
 def connect_raw(identity: Path, address: tuple[str, int]) -> Iterator[ssl.SSLSocket]:
     """A peer with a good certificate and no manners."""
-    with socket.create_connection(address, timeout=5) as plain:
+    with socket.create_connection(address, timeout=30) as plain:
         context = tls.client_context(identity)
         with context.wrap_socket(
             plain, server_hostname=tls.server_name(CLUSTER), do_handshake_on_connect=False

@@ -41,7 +41,7 @@ class Pair:
         self.descriptors += descriptors
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not condition():  # noqa: ASYNC110 - what is waited for happens in callbacks
                 await asyncio.sleep(0.001)
 
@@ -135,7 +135,7 @@ def test_what_the_socket_does_not_take_waits_with_its_descriptors() -> None:
         received = bytearray()
         descriptors: list[int] = []
         expected = 20 * len(frame({"t": "task", "n": 10}, bytes(100_000)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(received) < expected - 200:
                 try:
                     data, fds, _, _ = socket.recv_fds(pair.peer, 1 << 20, 100)

@@ -160,7 +160,7 @@ def test_a_submission_that_no_batch_follows_is_written_soon(run: Run) -> None:
         lab.open()
         await lab.turned()
         lab.submit(0, 1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while lab.upto()[-1] != 1:  # noqa: ASYNC110  nothing tells us
                 await asyncio.sleep(loop.LAZY_S)
 

@@ -18,6 +18,7 @@ from herder_shared.errors import (
 )
 from herder_shared.ids import BlobId, Incarnation, NodeName
 from herder_shared.limits import GIB, HANDSHAKES_MAX, KIB, MIB
+from herder_shared.wire import stream
 from herder_shared.wire.frame import encode_frame
 from herder_shared.wire.messages import (
     BlobStored,
@@ -161,7 +162,7 @@ def test_a_paused_link_is_not_read_until_resumed(run: Run, authority: Authority)
 def test_bytes_that_are_no_handshake_close_the_connection(run: Run, authority: Authority, junk: bytes) -> None:
     async def scenario() -> None:
         async with serving(authority, handshake_timeout_s=0.5) as (server, address):
-            with socket.create_connection(address, timeout=5) as peer:
+            with socket.create_connection(address, timeout=30) as peer:
                 with contextlib.suppress(ConnectionError):
                     await asyncio.to_thread(peer.sendall, junk)
                 await read_to_end(peer)
@@ -175,10 +176,10 @@ def test_a_slow_handshake_is_closed_within_its_time(run: Run, authority: Authori
     """Slowloris: in TCP, within TLS, and after TLS without a hello."""
 
     async def scenario() -> None:
-        async with serving(authority, handshake_timeout_s=0.2) as (server, address):
+        async with serving(authority, handshake_timeout_s=0.5) as (server, address):
             with (
-                socket.create_connection(address, timeout=5) as silent,
-                socket.create_connection(address, timeout=5) as slow,
+                socket.create_connection(address, timeout=30) as silent,
+                socket.create_connection(address, timeout=30) as slow,
                 connect_raw(authority.identity("client", "me"), address) as quiet,
             ):
                 slow.sendall(b"\x16\x03\x01\x02\x00\x01")
@@ -192,16 +193,21 @@ def test_a_slow_handshake_is_closed_within_its_time(run: Run, authority: Authori
 
 
 @pytest.mark.slow
-def test_idle_handshakes_beyond_the_bound_make_room_for_a_real_peer(run: Run, authority: Authority) -> None:
+def test_idle_handshakes_beyond_the_bound_make_room_for_a_real_peer(
+    run: Run, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
-        async with serving(authority) as (server, address):
+        async with serving(authority, handshake_timeout_s=80.0) as (server, address):
             with contextlib.ExitStack() as stack:
-                idlers = [
-                    stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(HANDSHAKES_MAX + 9)
-                ]
                 # While all are young it is the newest that are turned away.
+                monkeypatch.setattr(stream, "_YOUNG_S", 80.0)
+                idlers = [
+                    stack.enter_context(socket.create_connection(address, timeout=30))
+                    for _ in range(HANDSHAKES_MAX + 9)
+                ]
                 assert await read_to_end(idlers[-1]) == b""
                 assert server.acceptor.refusals == {"crowded out": 9}
+                monkeypatch.setattr(stream, "_YOUNG_S", 0.0)
                 async with running(Client(authority.identity("client", "me"), address)) as client:
                     await client.observer.link()
                 assert await read_to_end(idlers[0]) == b""

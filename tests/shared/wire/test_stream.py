@@ -168,7 +168,7 @@ def test_cancelling_run_closes_the_socket(run: Run, authority: Authority) -> Non
 
 async def refusal_of(client: Client) -> HerderError:
     with pytest.raises(HerderError) as caught:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await client.dialler.run()
     assert client.observer.links == []
     return caught.value
