@@ -173,9 +173,12 @@ def test_core_seconds_add_up_to_the_cores_of_every_node(prometheus: str, cluster
 def test_finished_tasks_and_used_against_allocated_time_can_be_asked_for(prometheus: str) -> None:
     finished = 'sum(herder_tasks_finished_total{outcome="succeeded"})'
     assert query_until(prometheus, finished, bool) == {"": 24.0}
-    efficiency = "sum(herder_task_cpu_seconds_total) / sum(herder_allocated_core_seconds_total)"
-    (ratio,) = query_until(prometheus, efficiency, bool).values()
-    assert 0.2 < ratio <= 1.1
+    used = "sum(herder_task_cpu_seconds_total)"
+    allocated = "sum(herder_allocated_core_seconds_total)"
+    # How much of what was allocated is used depends on who else uses the machine; what they spin does not.
+    assert 24 * 0.05 * 0.9 <= query(prometheus, used)[""] < 24 * 0.05 * 5
+    (ratio,) = query_until(prometheus, f"{used} / {allocated}", bool).values()
+    assert 0.0 < ratio <= 1.1
 
 
 def test_no_metric_names_a_task_or_a_job(cluster: LocalCluster) -> None:
