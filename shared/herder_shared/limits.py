@@ -84,6 +84,9 @@ EXPOSITION_AGE_S_MAX = 5.0
 TEMPLATE_TRIES_MAX = 3
 #: Nodes on which a task's own crashes killed its process before it is poison.
 POISON_NODES = 3
+#: What owners had of the cores counts half after this: long enough that an hour's hoarding is paid back, short enough
+#: that nobody waits for long for what he did this morning.
+SHARE_HALF_LIFE_S = 600.0
 #: Attempts sent to an agent beyond its free slots cover about this much time, judged by the workload's mean.
 LOOK_AHEAD_S = 0.05
 LOOK_AHEAD_PER_CORE_MAX = 64

@@ -134,6 +134,9 @@ class Lab:
     def heard(self, name: str = "n1", session: int = 1) -> list[effects.Effect]:
         return self.do(events.AgentHeard(NodeName(name), session))
 
+    def cancel(self, job: JobId = JOB, client: Incarnation = CLIENT, running: bool = True) -> list[effects.Effect]:
+        return self.do(events.CancelRequested(client, job, None, running))
+
     def attempt(self, index: int = 0, job: JobId = JOB) -> AttemptId:
         return self.state.jobs[job].tasks[index].attempt
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from herder_coordinator.core import placement, records
+from herder_coordinator.core import placement, records, reserve, shares
 from herder_coordinator.core.lease import FORGET_S
 from herder_coordinator.core.state import (
     OUTCOME_CODES,
@@ -25,6 +25,8 @@ from herder_coordinator.core.state import (
     KeptFunction,
     KeptWorkload,
     Node,
+    Queue,
+    Share,
     State,
     Task,
     TaskKey,
@@ -129,12 +131,18 @@ def open_job(  # noqa: PLR0917
     options = spec.options
     request = placement.request_of(options)
     key = GroupKey(options.priority, owner, spec.workload.key, request, options.idempotent, depth)
-    group = state.groups.get(key)
-    if group is None:
-        group = state.groups[key] = Group(key, state.next_number, request)
-        state.next_number += 1
-    group.jobs += 1
-    job = Job(spec=spec, client=incarnation, owner=owner, group=group, opened_s=state.now_s, depth=depth)
+    owner_share = shares.owner_of(state, owner)
+    share = Share(at_s=state.now_s)
+    job = Job(
+        spec=spec,
+        client=incarnation,
+        owner=owner,
+        opened_s=state.now_s,
+        share=share,
+        owner_share=owner_share,
+        depth=depth,
+    )
+    job.queue = Queue(job, _join_group(state, key))
     job.feeds[incarnation] = Feed(0, 0)
     state.jobs[spec.job] = job
     client = client_of(state, incarnation, owner, attempt, depth)
@@ -146,6 +154,22 @@ def open_job(  # noqa: PLR0917
         kept = state.workloads[spec.workload.key] = KeptWorkload(spec.workload)
     kept.jobs += 1
     return job
+
+
+def _join_group(state: State, key: GroupKey) -> Group:
+    group = state.groups.get(key)
+    if group is None:
+        group = state.groups[key] = Group(key, state.next_number, key.request)
+        state.next_number += 1
+    group.users += 1
+    return group
+
+
+def _leave_group(state: State, group: Group) -> None:
+    group.users -= 1
+    if not group.users:
+        del state.groups[group.key]
+        reserve.release(state, group)
 
 
 def _bound_workloads(state: State) -> None:
@@ -178,10 +202,7 @@ def forget_job(state: State, job: Job, info: JobInfo) -> None:
     for end in job.ends:
         if end.result is not None and end.result.blob is not None:
             release_blob(state, end.result.blob)
-    group = job.group
-    group.jobs -= 1
-    if not group.jobs:
-        del state.groups[group.key]
+    _leave_group(state, job.group)
     kept = state.workloads.get(job.spec.workload.key)
     if kept is not None:
         kept.jobs -= 1
@@ -230,16 +251,22 @@ def add_tasks(
         _use_function(state, function)
         job.chunks.append(chunk)
         job.pending += chunk.left
-        job.group.chunks.append(chunk)
-        _add_pending(state, job.group, chunk.left)
+        job.queue.chunks.append(chunk)
+        _add_pending(state, job.queue, chunk.left)
 
 
-def _add_pending(state: State, group: Group, count: int) -> None:
+def _add_pending(state: State, queue: Queue, count: int) -> None:
+    group = queue.group
+    queue.pending += count
     group.pending += count
-    if group.pending:
+    if count > 0:
+        if queue.pending == count:
+            group.queues[queue.job.id] = queue
         state.busy[group.number] = group
-    else:
-        state.busy.pop(group.number, None)
+    elif not queue.pending:
+        del group.queues[queue.job.id]
+        if not group.pending:
+            del state.busy[group.number]
 
 
 def take(state: State, chunk: Chunk, offset: int) -> Task:
@@ -259,7 +286,7 @@ def _leave_chunk(state: State, chunk: Chunk, offset: int) -> None:
     chunk.tasks[offset] = None
     chunk.left -= 1
     chunk.job.pending -= 1
-    _add_pending(state, chunk.job.group, -1)
+    _add_pending(state, chunk.job.queue, -1)
     if not chunk.left:
         _release_function(state, chunk.function)
         job = chunk.job
@@ -367,9 +394,9 @@ def queue(state: State, task: Task) -> None:
     assert not task.queued
     assert not task.delay
     task.queued = True
-    group = task.job.group
-    (group.suspects if task.quarantine_s else group.careful if task.avoid else group.again).append(task)
-    _add_pending(state, group, 1)
+    queue = task.queue
+    (queue.suspects if task.quarantine_s else queue.careful if task.avoid else queue.again).append(task)
+    _add_pending(state, queue, 1)
 
 
 def unplace(state: State, task: Task) -> None:
@@ -381,7 +408,7 @@ def unplace(state: State, task: Task) -> None:
             state.orphans.append(state.task_clients.pop(task.attempt))
     elif task.queued:
         task.queued = False
-        _add_pending(state, task.job.group, -1)
+        _add_pending(state, task.queue, -1)
     elif task.delay:
         task.delay = 0
     elif task.state is TaskState.WAITING:

@@ -3,18 +3,21 @@
 A request fits a node when its cores, memory, GPUs and named resources are free there and the node is one of those that
 the request names. Among nodes with room, those come first whose template for the workload is ready, then those that
 have nothing rarer (GPUs, named resources) than was asked for; among equals the tasks are spread so that the nodes fill
-evenly.
+evenly, or packed so that as many nodes as possible stay empty. A node that is kept for another group's task
+(core/reserve.py), or that will end soon, takes only what is over by then.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from herder_coordinator.core.state import UNITS, Node, Request, State, Task
+from herder_coordinator.core import reserve, shares
+from herder_coordinator.core.state import UNITS, Group, Node, Request, State, Task
 from herder_shared import limits
-from herder_shared.ids import AttemptId, NodeName, WorkloadKey
+from herder_shared.ids import AttemptId, NodeName
 from herder_shared.states import AgentState
 from herder_shared.wire.messages import NodeFacts, TaskOptions
 
@@ -27,6 +30,7 @@ def request_of(options: TaskOptions) -> Request:
         gpus=max(0, options.gpus),
         resources=tuple(sorted((name, round(amount * UNITS)) for name, amount in options.resources.items())),
         nodes=options.nodes,
+        limit_s=options.timeout_s or math.inf,
     )
 
 
@@ -69,24 +73,34 @@ def takes_attempts(node: Node) -> bool:
 
 
 def spread(
-    nodes: Iterable[Node], workload: WorkloadKey, request: Request, wanted: int, avoid: Sequence[NodeName] = ()
+    state: State,
+    group: Group,
+    wanted: int,
+    over_s: float = math.inf,
+    *,
+    avoid: Sequence[NodeName] = (),
+    nodes: Iterable[Node] | None = None,
 ) -> list[tuple[Node, int]]:
-    """Divide up to `wanted` attempts among the nodes' free slots. Nodes in `avoid` only where nothing else has room."""
+    """Divide up to `wanted` attempts of the group among the free slots of the open nodes (or `nodes`). Each is over in
+    `over_s`, as far as is known. Nodes in `avoid` only where nothing else has room."""
+    request, workload = group.request, group.key.workload
     tiers: dict[tuple[bool, bool, bool], list[tuple[Node, int]]] = {}
-    for node in nodes:
+    for node in state.open_nodes.values() if nodes is None else nodes:
         fitting = room(node, request, wanted)
+        if fitting and node.reserved is not None and node.reserved is not group:
+            fitting = reserve.backfill(state, node, group, over_s, fitting)
         if fitting:
             rarer = (node.gpus > 0 and not request.gpus) or (bool(node.resources) and not request.resources)
             tier = (node.name in avoid, workload not in node.warm, rarer)
             tiers.setdefault(tier, []).append((node, fitting))
-    shares: list[tuple[Node, int]] = []
+    parts: list[tuple[Node, int]] = []
     for tier in sorted(tiers):
         if wanted <= 0:
             break
         part = level([(node.free_cores, max(request.cores, 1), node, fitting) for node, fitting in tiers[tier]], wanted)
-        shares += part
+        parts += part
         wanted -= sum(count for _, count in part)
-    return shares
+    return parts
 
 
 def level(candidates: list[tuple[int, int, Node, int]], wanted: int) -> list[tuple[Node, int]]:
@@ -124,6 +138,8 @@ def ahead_room(node: Node, request: Request, pace_s: float) -> int:
 
 def set_facts(state: State, node: Node, facts: NodeFacts) -> None:
     """Take over what an agent says of its machine, and divide its attempts anew into holders and look-ahead."""
+    for attempt, task in node.attempts.items():
+        _let_go(state, node, attempt, task)
     node.facts = facts
     node.labels = frozenset((node.name, *facts.labels))
     node.cores = facts.cores * UNITS
@@ -136,9 +152,19 @@ def set_facts(state: State, node: Node, facts: NodeFacts) -> None:
     node.ahead_s = 0.0
     for attempt, task in node.attempts.items():
         task.lent = False  # its `Sync` tells anew
-        if not hold(node, task.job.group.request):
+        if hold(node, task.request):
+            shares.hold(state, task, task.request.cores)
+        else:
             node.ahead[attempt] = 0.0
     refresh(state, node)
+
+
+def _let_go(state: State, node: Node, attempt: AttemptId, task: Task) -> None:
+    """In the accounts of its job and owner: what the attempt holds there, or will."""
+    if attempt in node.ahead:
+        shares.lie_ahead(task, node, -node.ahead[attempt])
+    elif node.facts is not None and not task.lent:
+        shares.hold(state, task, -task.request.cores)
 
 
 def hold(node: Node, request: Request) -> bool:
@@ -157,12 +183,17 @@ def hold(node: Node, request: Request) -> bool:
 def attach(state: State, node: Node, task: Task) -> None:
     """`task`'s attempt is on this node from now on: in a free slot, else as look-ahead."""
     node.attempts[task.attempt] = task
-    if node.facts is not None and not hold(node, task.job.group.request):
-        request = task.job.group.request
+    if node.facts is None:
+        return
+    request = task.request
+    if hold(node, request):
+        shares.hold(state, task, request.cores)
+    else:
         pace_s = state.paces.get((task.job.spec.workload.key, task.function), 0.0)
         cost_s = pace_s * max(request.cores, 1) / node.cores if node.cores else 0.0
         node.ahead[task.attempt] = cost_s
         node.ahead_s += cost_s
+        shares.lie_ahead(task, node, cost_s)
 
 
 def detach(state: State, node: Node, attempt: AttemptId) -> None:
@@ -170,43 +201,48 @@ def detach(state: State, node: Node, attempt: AttemptId) -> None:
     task = node.attempts.pop(attempt)
     node.doubtful.pop(attempt, None)
     if attempt in node.ahead:
-        _leave_ahead(node, attempt)
+        _leave_ahead(node, attempt, task)
     elif node.facts is not None:
-        request = task.job.group.request
+        request = task.request
         if task.lent:
             task.lent = False
         else:
             node.free_cores += request.cores
+            shares.hold(state, task, -request.cores)
         node.free_memory_bytes += request.memory_bytes
         node.free_gpus += request.gpus
         for name, amount in request.resources:
             if amount:
                 node.free_resources[name] += amount
-        _give_to_ahead(node)
+        _give_to_ahead(state, node)
     refresh(state, node)
 
 
-def _give_to_ahead(node: Node) -> None:
+def _give_to_ahead(state: State, node: Node) -> None:
     while node.ahead:
         first = next(iter(node.ahead))
-        if not hold(node, node.attempts[first].job.group.request):
+        task = node.attempts[first]
+        if not hold(node, task.request):
             break
-        _leave_ahead(node, first)
+        _leave_ahead(node, first, task)
+        shares.hold(state, task, task.request.cores)
 
 
 def lend(state: State, node: Node, task: Task) -> None:
     """The attempt waits for tasks of its own: its cores are free for others. What else it holds it keeps."""
     if task.lent or node.facts is None:
         return
+    request = task.request
     if task.attempt in node.ahead:
-        if not _fits_besides_cores(node, task.job.group.request):
+        if not _fits_besides_cores(node, request):
             return  # the agent knows better what it runs: this settles itself when something ends there
-        _leave_ahead(node, task.attempt)
-        _hold_besides_cores(node, task.job.group.request, 1)
+        _leave_ahead(node, task.attempt, task)
+        _hold_besides_cores(node, request, 1)
     else:
-        node.free_cores += task.job.group.request.cores
+        node.free_cores += request.cores
+        shares.hold(state, task, -request.cores)
     task.lent = True
-    _give_to_ahead(node)
+    _give_to_ahead(state, node)
     refresh(state, node)
 
 
@@ -215,9 +251,10 @@ def reclaim(state: State, node: Node, task: Task) -> None:
     if not task.lent:
         return
     task.lent = False
-    request = task.job.group.request
+    request = task.request
     if request.cores <= node.free_cores:
         node.free_cores -= request.cores
+        shares.hold(state, task, request.cores)
     else:
         _hold_besides_cores(node, request, -1)
         node.ahead = {task.attempt: 0.0, **node.ahead}
@@ -236,8 +273,10 @@ def _hold_besides_cores(node: Node, request: Request, times: int) -> None:
             node.free_resources[name] -= times * amount
 
 
-def _leave_ahead(node: Node, attempt: AttemptId) -> None:
-    node.ahead_s -= node.ahead.pop(attempt)
+def _leave_ahead(node: Node, attempt: AttemptId, task: Task) -> None:
+    cost_s = node.ahead.pop(attempt)
+    shares.lie_ahead(task, node, -cost_s)
+    node.ahead_s -= cost_s
     if not node.ahead:
         node.ahead_s = 0.0
 
@@ -245,7 +284,8 @@ def _leave_ahead(node: Node, attempt: AttemptId) -> None:
 def refresh(state: State, node: Node) -> None:
     """Keep the lists of nodes with something free right; called after every change of what a node can take."""
     if takes_attempts(node):
-        state.hungry_nodes[node.name] = node
+        if node.reserved is None:
+            state.hungry_nodes[node.name] = node
         if node.free_cores > 0 and not node.ahead:
             state.open_nodes[node.name] = node
         else:

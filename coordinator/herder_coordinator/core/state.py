@@ -4,7 +4,7 @@ Every task that has not ended is in exactly one place:
 
 =========  ============================================================================================
 waiting    `Job.tasks`, and `State.dependants` under each task that it waits for
-pending    its `Chunk` (as submitted, never tried), or `Group.again`, `careful` or `suspects` (tried
+pending    its `Chunk` (as submitted, never tried), or `Queue.again`, `careful` or `suspects` (tried
            before, or it waited for others), or `State.delayed` (its back-off is not over)
 assigned   `Node.attempts`; it holds its request there, or is in `Node.ahead` and holds nothing yet
 running    the same; the agent has said that its child started
@@ -19,7 +19,7 @@ Nothing here decides: `core/apply.py` changes the state, `core/step.py` and what
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -71,6 +71,23 @@ class Request:
     resources: tuple[tuple[str, int], ...] = ()
     #: Names or labels, any of which will do; empty = any node.
     nodes: tuple[str, ...] = ()
+    #: It ends by itself within this time, counted from its start; inf = nobody said so.
+    limit_s: float = math.inf
+    #: Fill one node after the other, rather than all evenly.
+    pack: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """What a contender for cores (an owner, a job) has of them: see core/shares.py. Cores in `UNITS`."""
+
+    weight: float = 1.0
+    #: Cores that its attempts hold, and the cores that its look-ahead will keep busy.
+    held: int = 0
+    ahead: int = 0
+    #: The exponential mean of `held` over the past, as of `at_s`.
+    mean: float = 0.0
+    at_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +125,7 @@ class Task(msgspec.Struct, eq=False):
     queued_s: float = 0.0
     #: It waits for tasks of its own, and its node has its cores back meanwhile.
     lent: bool = False
-    #: In `Group.again`, `Group.careful` or `Group.suspects`.
+    #: In `Queue.again`, `Queue.careful` or `Queue.suspects`.
     queued: bool = False
     #: Its ticket in `State.delayed`; 0 = not there.
     delay: int = 0
@@ -130,15 +147,23 @@ class Task(msgspec.Struct, eq=False):
     values: dict[TaskKey, Payload] | None = None
     broken: TaskKey | None = None
 
+    @property
+    def queue(self) -> Queue:
+        """Where it is when it is pending."""
+        return self.job.queue
+
+    @property
+    def request(self) -> Request:
+        """What an attempt of it holds."""
+        return self.queue.group.request
+
 
 @dataclass(slots=True, eq=False)
-class Group:
-    """Tasks that ask for the same: a placement decision is made for all of them at once."""
+class Queue:
+    """The pending tasks of one job that ask for the same."""
 
-    key: GroupKey
-    #: Order of creation.
-    number: int
-    request: Request
+    job: Job
+    group: Group
     chunks: deque[Chunk] = field(default_factory=deque)
     again: deque[Task] = field(default_factory=deque)
     #: Like `again`, for those that had better not go where they were.
@@ -147,9 +172,26 @@ class Group:
     suspects: deque[Task] = field(default_factory=deque)
     #: Pending tasks in these four.
     pending: int = 0
-    jobs: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Tasks that ask for the same, of any job: whether they fit anywhere is asked once for all of them."""
+
+    key: GroupKey
+    #: Order of creation.
+    number: int
+    request: Request
+    #: Those with pending tasks, in the order in which they came to have some.
+    queues: OrderedDict[JobId, Queue] = field(default_factory=OrderedDict)
+    #: Pending tasks in these.
+    pending: int = 0
+    #: Queues that are of this group, whether they have pending tasks or not.
+    users: int = 0
     #: It was looked at and can run somewhere, as far as is known.
     schedulable: bool = False
+    #: The node that is kept for one of its tasks.
+    reserved: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +223,10 @@ class Job:
     spec: JobSpec
     client: Incarnation
     owner: str
-    group: Group
     opened_s: float
+    share: Share
+    owner_share: Share
+    queue: Queue = field(init=False)
     count: int = 0
     closed: bool = False
     #: Cancelled as a whole: tasks that still come are cancelled too.
@@ -212,6 +256,10 @@ class Job:
     @property
     def id(self) -> JobId:
         return self.spec.job
+
+    @property
+    def group(self) -> Group:
+        return self.queue.group
 
     @property
     def cursor(self) -> int:
@@ -258,6 +306,9 @@ class Node:
     report: NodeReport | None = None
     reports: dict[WorkloadKey, WorkloadReport] = field(default_factory=dict)
     warm: set[WorkloadKey] = field(default_factory=set)
+    #: The group of which a task waits for this node to have room: others may only use what it will not need.
+    reserved: Group | None = None
+    reserved_s: float = 0.0
     #: Workloads of the attempts that failed to start here, in a row.
     start_failures: list[WorkloadKey] = field(default_factory=list)
     #: What its agent says is wrong with it: drained until that is mended.
@@ -319,11 +370,22 @@ class Periods:
     disconnect_grace_s: float = limits.DISCONNECT_GRACE_S
 
 
+@dataclass(slots=True)
+class Policy:
+    """How the cores are divided. A value of the program's configuration."""
+
+    #: Parts of the cores, by owner; 1 for who is not named.
+    weights: dict[str, float] = field(default_factory=dict)
+    #: Of the memory of what each had.
+    half_life_s: float = limits.SHARE_HALF_LIFE_S
+
+
 @dataclass(slots=True, eq=False)
 class State:
     cluster: ClusterId
     epoch: int
     periods: Periods
+    policy: Policy = field(default_factory=Policy)
     #: Of the latest step; 0 while the journal is replayed.
     now_s: float = 0.0
     next_attempt: int = 1
@@ -351,8 +413,11 @@ class State:
     open_nodes: dict[NodeName, Node] = field(default_factory=dict)
     #: Nodes that may have room for look-ahead.
     hungry_nodes: dict[NodeName, Node] = field(default_factory=dict)
-    #: Whose turn it is among owners of equal priority.
-    last_owner: str = ""
+    #: What each owner has and had of the cores.
+    owners: dict[str, Share] = field(default_factory=dict)
+    #: Nodes that are kept for a group's task. No other is chosen before `reserve_s`: none could be.
+    reservations: dict[NodeName, Node] = field(default_factory=dict)
+    reserve_s: float = 0.0
     #: Mean time for which an attempt holds its slot, by workload and function.
     paces: dict[tuple[WorkloadKey, BlobId | None], float] = field(default_factory=dict)
     #: References to each blob from tasks, functions and kept results; `unused`: those that fell to none.
@@ -375,9 +440,9 @@ class State:
     ended_total: int = 0
 
 
-def new_state(cluster: ClusterId, epoch: int, periods: Periods | None = None) -> State:
+def new_state(cluster: ClusterId, epoch: int, periods: Periods | None = None, policy: Policy | None = None) -> State:
     """An empty state. Then `replay_record` for each record of the journal, `finish_replay`, and `step` for ever."""
-    return State(cluster=cluster, epoch=epoch, periods=periods or Periods())
+    return State(cluster=cluster, epoch=epoch, periods=periods or Periods(), policy=policy or Policy())
 
 
 def task_state_counts(job: Job) -> dict[TaskState, int]:
@@ -396,10 +461,15 @@ def check_invariants(state: State) -> None:
         _check_node(node)
     for group in state.groups.values():
         _check_group(state, group)
+    _check_shares(state)
     assert not state.loose, "a task was left without its decision"
     assert not state.orphans, "a client of a task that has ended was left without its decision"
     for attempt, incarnation in state.task_clients.items():
         assert state.clients[incarnation].attempt == attempt
+    for name, node in state.reservations.items():
+        assert state.nodes[name] is node
+        assert node.reserved is not None
+        assert node.reserved.reserved is node
     for key, tasks in state.dependants.items():
         job_of = state.jobs.get(key[0])
         assert job_of is not None
@@ -446,8 +516,8 @@ def _check_node(node: Node) -> None:
     assert all(attempt in node.attempts for attempt in node.ahead)
     if node.facts is None:
         return
-    requests = [task.job.group.request for task in held]
-    busy = sum(task.job.group.request.cores for task in held if not task.lent)
+    requests = [task.request for task in held]
+    busy = sum(task.request.cores for task in held if not task.lent)
     assert node.free_cores == node.cores - busy >= 0
     assert not any(node.attempts[attempt].lent for attempt in node.ahead)
     assert node.free_memory_bytes == node.memory_bytes - sum(request.memory_bytes for request in requests) >= 0
@@ -463,8 +533,30 @@ def _check_node(node: Node) -> None:
 
 
 def _check_group(state: State, group: Group) -> None:
-    chunks = sum(chunk.left for chunk in group.chunks)
-    again = {id(task) for task in (*group.again, *group.careful, *group.suspects) if task.queued}
-    assert group.pending == chunks + len(again)
+    for queue in (job.queue for job in state.jobs.values() if job.group is group):
+        chunks = sum(chunk.left for chunk in queue.chunks)
+        again = {id(task) for task in (*queue.again, *queue.careful, *queue.suspects) if task.queued}
+        assert queue.pending == chunks + len(again)
+        assert (group.queues.get(queue.job.id) is queue) == (queue.pending > 0)
+    assert group.pending == sum(queue.pending for queue in group.queues.values())
     assert (group.number in state.busy) == (group.pending > 0)
-    assert group.jobs == sum(1 for job in state.jobs.values() if job.group is group) > 0
+    assert group.users == sum(1 for job in state.jobs.values() if job.group is group) > 0
+    assert group.reserved is None or group.reserved.reserved is group
+
+
+def _check_shares(state: State) -> None:
+    held: dict[int, int] = {}
+    ahead: dict[int, int] = {}
+    for node in state.nodes.values():
+        for attempt, task in node.attempts.items():
+            for share in (task.job.share, task.job.owner_share):
+                if attempt in node.ahead:
+                    cores = round(node.ahead[attempt] * node.cores / limits.LOOK_AHEAD_S)
+                    ahead[id(share)] = ahead.get(id(share), 0) + cores
+                elif node.facts is not None and not task.lent:
+                    held[id(share)] = held.get(id(share), 0) + task.request.cores
+    known: list[Share] = [*state.owners.values(), *(job.share for job in state.jobs.values())]
+    for share in known:
+        assert (share.held, share.ahead) == (held.get(id(share), 0), ahead.get(id(share), 0))
+    for job in state.jobs.values():
+        assert job.owner_share is state.owners[job.owner]

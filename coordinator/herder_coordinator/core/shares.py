@@ -1,0 +1,85 @@
+"""Who has had how much: the account by which owners, and the jobs of an owner, take their part of the cores.
+
+What a contender *uses* is the cores that it holds now plus the cores that it held lately, on average: an exponential
+mean over the past, of which half counts after each half-life. Whoever uses least for his weight is next. So equal
+owners with work for the whole cluster hold equal parts of it, whoever came first and however long each task takes;
+one who comes back after a pause gets more than his part at first, and smoothly no more than his part later; and what
+anyone did a day ago is forgotten.
+
+The mean is exact and needs no estimate of how long anything will take: while the cores held do not change it moves
+towards them by a known law, so it is brought up to date only when they change or when somebody asks. Look-ahead
+holds nothing yet; so that one contender does not take all of it, it counts as the cores that it will keep busy for
+`LOOK_AHEAD_S`. The account is a measurement, and like the others it begins anew with each life of the coordinator.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from herder_coordinator.core.state import UNITS, Share
+from herder_shared.limits import LOOK_AHEAD_S
+
+if TYPE_CHECKING:
+    from herder_coordinator.core.state import Node, State, Task
+
+#: Owners whose account is kept although they have no job.
+OWNERS_KEPT_MAX = 1_000
+
+
+def use(share: Share, state: State) -> float:
+    """Cores that count as used, for the weight: the least goes first."""
+    if share.at_s != state.now_s:
+        _advance(share, state)
+    return (share.held + share.mean + share.ahead) / share.weight
+
+
+def _advance(share: Share, state: State) -> None:
+    if share.mean != share.held:
+        kept = math.exp2((share.at_s - state.now_s) / state.policy.half_life_s)
+        share.mean = share.held + (share.mean - share.held) * kept
+        if abs(share.mean - share.held) < 1.0:  # a ten-thousandth of a core: forget it, so that idle ones are equal
+            share.mean = float(share.held)
+    share.at_s = state.now_s
+
+
+def hold(state: State, task: Task, cores: int) -> None:
+    """The task's attempt holds so many cores more (less, if negative) from now on, in `UNITS`."""
+    job, now_s = task.job, state.now_s
+    share = job.share
+    if share.at_s != now_s:
+        _advance(share, state)
+    share.held += cores
+    share = job.owner_share
+    if share.at_s != now_s:
+        _advance(share, state)
+    share.held += cores
+
+
+def lie_ahead(task: Task, node: Node, cost_s: float) -> None:
+    """The task's attempt lies in the node's look-ahead, of which it is so many seconds (negative: no more)."""
+    job = task.job
+    cores = round(cost_s * node.cores / LOOK_AHEAD_S)
+    job.share.ahead += cores
+    job.owner_share.ahead += cores
+
+
+def owner_of(state: State, owner: str) -> Share:
+    """The owner's account, made where there is none."""
+    share = state.owners.get(owner)
+    if share is None:
+        if len(state.owners) >= OWNERS_KEPT_MAX:
+            _forget_idle(state)
+        share = state.owners[owner] = Share(weight=weight_of(state, owner), at_s=state.now_s)
+    return share
+
+
+def weight_of(state: State, owner: str) -> float:
+    """As configured; 1 for who is not named."""
+    return max(state.policy.weights.get(owner, 1.0), 1 / UNITS)
+
+
+def _forget_idle(state: State) -> None:
+    busy = {job.owner for job in state.jobs.values()}
+    for owner in [owner for owner in state.owners if owner not in busy][: OWNERS_KEPT_MAX // 10]:
+        del state.owners[owner]
