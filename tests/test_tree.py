@@ -186,6 +186,19 @@ def test_every_metric_is_documented() -> None:
     assert missing == set()
 
 
+def test_every_fault_has_its_row_and_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "FAULTS.md").read_text()
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert rows == list(range(1, 50))
+    defined = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert set(re.findall(r"`(test_\w+)`", page)) - defined == set()
+
+
 def test_every_command_of_pyproject_can_be_loaded() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = set(table["project"]["entry-points"]["herder.commands"])

@@ -141,9 +141,7 @@ class Client:
             hello=lambda: hello or Hello(PROTOCOL_VERSION, CLUSTER, Incarnation("i" * 16)),
             observer=self.observer,
             failing=self._failing,
-            backoff_s_min=0.01,
-            backoff_s_max=0.05,
-            **options,
+            **{"backoff_s_min": 0.01, "backoff_s_max": 0.05, **options},
         )
 
     def _failing(self, error: HerderError, away_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -22,6 +23,7 @@ from herder_shared.errors import (
 )
 from herder_shared.ids import ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.limits import PROTOCOL_VERSION
+from herder_shared.wire import stream
 from herder_shared.wire.frame import encode_frame
 from herder_shared.wire.messages import (
     DrainNode,
@@ -397,3 +399,46 @@ def test_a_dialler_without_an_address_is_a_config_error(authority: Authority) ->
             hello=lambda: msgspec.structs.replace(agent_hello("n1")),
             observer=Observer(),
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["uvloop"], indirect=True)
+def test_a_link_that_never_lasts_is_dialled_ever_more_rarely(run: Run, authority: Authority) -> None:
+    """Up for a moment, down for a moment, for ever: without the back-off there would be hundreds of links."""
+
+    async def scenario() -> None:
+        async with serving(authority) as (server, address):
+            links = server.observer.links
+            client = Client(authority.identity("admin", "me"), address, backoff_s_max=0.4)
+            async with running(client):
+                loop = asyncio.get_running_loop()
+                until_s = loop.time() + 2.0
+                while loop.time() < until_s:
+                    (await server.observer.link(len(links) + 1)).close("down")
+        # The first few waits are short; then one link each 0.2 s in the mean.
+        assert 3 <= len(links) <= 40
+
+    run(scenario())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["uvloop"], indirect=True)
+def test_a_crowd_that_lost_the_coordinator_is_back_soon(
+    run: Run, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several times as many as may be greeting at a time, all at once: who is turned away comes again."""
+    count, at_a_time = 60, 16
+    monkeypatch.setattr(stream, "HANDSHAKES_MAX", at_a_time)
+
+    async def scenario() -> None:
+        identity = authority.identity("admin", "me")
+        async with contextlib.AsyncExitStack() as stack:
+            async with serving(authority) as (first, address):
+                for _ in range(count):
+                    await stack.enter_async_context(running(Client(identity, address)))
+                await first.observer.link(count)
+            async with serving(authority, port=address[1]) as (second, _):
+                back = second.observer
+                await back.until(lambda: len(back.links) - len(back.ends) == count, seconds=25.0)
+
+    run(scenario())
