@@ -34,7 +34,9 @@ from herder_shared.wire.relay import (
 )
 
 WAIT_S = 10.0
-SPEC = m.WorkloadSpec(WorkloadKey("w" * 16), name="mine", preload=("json",), paths=("where-the-script-is",), demoted="why")
+SPEC = m.WorkloadSpec(
+    WorkloadKey("w" * 16), name="mine", preload=("json",), paths=("where-the-script-is",), demoted="why"
+)
 WELCOME = m.Welcome(ClusterId("c" * 32), 3, 5)
 encode = msgspec.msgpack.Encoder().encode
 
