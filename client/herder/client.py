@@ -195,6 +195,21 @@ class View(concurrent.futures.Executor):
         )
         return self._feed_array(track, record, calls, (commands,), cancel_running=self._plain.cancel_running)
 
+    def graph(self, dsk: Mapping[Any, Any], keys: Any) -> Any:
+        """Compute a Dask-style graph: `client.graph({"a": 1, "b": (add, "a", 2)}, "b")`. `keys` is a key or nested
+        lists of keys; the values come in the same structure. Every key that stands for a task is one task; only what
+        is needed is run.
+
+        Raises:
+            KeyError, ValueError: a key that there is not, a cycle.
+            DependencyFailed: a task which a wanted key depends on failed: `__cause__` is its exception, `task_id` its
+                id, a note names the keys. The exception itself where it is the wanted key's own task.
+        """
+        from herder.graphs import compute_graph
+
+        self._check_open()
+        return compute_graph(self.options(**({} if self._plain.name else {"name": "graph"})), dsk, keys)
+
     async def gather(self, *futures: concurrent.futures.Future[Any], return_exceptions: bool = False) -> list[Any]:
         """`asyncio.gather` over futures. Cancelling it cancels the tasks."""
         import asyncio
@@ -222,8 +237,7 @@ class View(concurrent.futures.Executor):
 
     def _interrupt(self) -> None:
         """Ctrl-C: end what runs, too."""
-        for track in list(self._tracks):
-            self._connection.cancel(track.job, None, running=True)
+        self.cancel_all()
 
     def _stop(self, *, cancel_futures: bool) -> None:
         with self._lock:
@@ -237,6 +251,11 @@ class View(concurrent.futures.Executor):
         if cancel_futures:
             for track in list(self._tracks):
                 self._connection.cancel(track.job, None, running=False)
+
+    def cancel_all(self) -> None:
+        """Cancel everything that was submitted through this view and has not ended, running tasks too."""
+        for track in list(self._tracks):
+            self._connection.cancel(track.job, None, running=True)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -406,6 +425,11 @@ class Client(View):
             self._connection.end(None)
         else:
             self._connection.retire()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes submissions: not shut down, its connection not given up, not in a forked child."""
+        return not self._has_ended and self._connection.is_usable
 
     def abort(self) -> None:
         """End at once: whatever has not ended is cancelled, running tasks too."""

@@ -191,6 +191,11 @@ class Connection:
             raise RuntimeError("cannot schedule new futures after shutdown: make a new Client")
         self._check_alive()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether `check_usable` would not raise."""
+        return not self.is_foreign and not self._is_shut and self._error is None
+
     def _check_alive(self) -> None:
         if self._error is not None:
             raise _again(self._error)

@@ -82,6 +82,12 @@ def task_options(**options: Any) -> Callable[[_F], _F]:
     return decorate
 
 
+def is_in_task() -> bool:
+    """Whether the caller runs in a task."""
+    module = sys.modules.get("_herder_task")
+    return module is not None and module.is_in_task()
+
+
 def _task_module(name: str) -> ModuleType:
     module = sys.modules.get("_herder_task")
     if module is None:

@@ -207,7 +207,7 @@ class _TaskModule:
         return importlib.import_module, ("_herder_task",)
 
 
-_TASK_MODULE = _TaskModule()
+TASK_MODULE = _TaskModule()
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -233,7 +233,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return operator.getitem, ((stand_in.value,), 0)
         self.deps[stand_in] = None
         job, index = stand_in
-        return operator.methodcaller("dependency", str(job), index), (_TASK_MODULE,)
+        return operator.methodcaller("dependency", str(job), index), (TASK_MODULE,)
 
 
 def _reduce_code(code: types.CodeType) -> Any:

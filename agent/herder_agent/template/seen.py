@@ -96,6 +96,37 @@ def dependency(job: str, index: int) -> Any:
     return _dependencies[job, index]
 
 
+class Nested:
+    """A call inside another one's arguments, not made yet."""
+
+    __slots__ = ("arguments", "function")
+
+    def __init__(self, function: Callable[..., Any], arguments: list[Any]) -> None:
+        self.function = function
+        self.arguments = arguments
+
+
+def nested(function: Callable[..., Any], arguments: list[Any]) -> Nested:
+    """As pickled arguments refer to it."""
+    return Nested(function, arguments)
+
+
+def compute(call: Nested) -> Any:
+    """Make a call, and those in its arguments first."""
+    arguments = [compute(each) if type(each) is Nested else each for each in call.arguments]
+    return call.function(*arguments)
+
+
+def listed(*items: Any) -> list[Any]:
+    """A list that holds calls."""
+    return list(items)
+
+
+def is_in_task() -> bool:
+    """Whether a task runs in this process."""
+    return _task is not None
+
+
 def reach_agent(channel: Any) -> None:
     """The agent is at the other end of this channel."""
     global _channel
