@@ -52,6 +52,8 @@ _OFFSETS = (0, *((1 << power) - 16 for power in range(6, 13)))
 #: Flags of a mapping (smaps) that forbid it: not copied to or wiped in children, locked, I/O, raw frames, watched.
 _FORBIDDEN = frozenset(("dc", "wf", "lo", "io", "pf", "um", "uw", "ui", "ss"))
 _SCAN_PAGES = 1024
+#: The self-test looks for free pieces of the heap in so many steps of 2 MiB.
+_GAPS_MAX = 4096
 #: Bits 63 and 62 of a page's entry in /proc/self/pagemap, present or swapped, from its highest byte.
 _HAS_CONTENT = bytes(1 if value & 0xC0 else 0 for value in range(256))
 
@@ -324,7 +326,11 @@ def map_anywhere(length: int, protection: int, fd: int) -> int:
 def _self_test() -> str:
     """Move a block of our own and use it in every way that its owner could. Returns what went wrong."""
     size = 2 * BLOCK_BYTES_MIN
+    # Of what setup freed the heap may have a piece as large: it would be given that one.
+    gaps = _fill_gaps(size)
     content = bytearray(os.urandom(64)) * (size // 64)
+    for gap in gaps:
+        system._libc.free(ctypes.c_void_p(gap))
     expected = bytes(content)
     address = ctypes.addressof((ctypes.c_char * size).from_buffer(content))
     if ctypes.c_uint64.from_address(address - 8).value & _FLAGS != _MAPPED:
@@ -346,6 +352,18 @@ def _self_test() -> str:
     finally:
         os.close(fd)
     return ""
+
+
+def _fill_gaps(size: int) -> list[int]:
+    """Untouched blocks of this size, of which the last one is mapped alone: the heap has no room for another."""
+    malloc = system._libc.malloc
+    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    taken: list[int] = []
+    while len(taken) < _GAPS_MAX and (address := malloc(size)):
+        taken.append(address)
+        if ctypes.c_uint64.from_address(address - 8).value & _FLAGS == _MAPPED:
+            break
+    return taken
 
 
 _mmap = system._libc.mmap

@@ -165,6 +165,21 @@ def test_pandas_and_arrow_columns_are_moved_too() -> None:
             assert size >= 16 * MIB - 3 * 4096
 
 
+def test_memory_that_setup_freed_is_no_reason_to_leave_blocks_where_they_are() -> None:
+    def setup() -> Any:
+        import numpy as np
+
+        array = np.arange(1 << 20, dtype="i8")
+        freed = [bytes(200_000) for _ in range(100)]
+        last = bytes(900_000)  # so that the heap cannot shrink
+        del freed
+        return array, last
+
+    with driver.ready(setup) as running:
+        (seal,) = [step for step in running.steps if step["step"] == "seal"]
+        assert any("moved into shared memory" in text for text in seal["applied"]), seal["applied"]
+
+
 def test_untouched_memory_takes_none_in_the_file() -> None:
     def setup() -> Any:
         import numpy as np
