@@ -250,7 +250,9 @@ def main() -> int:
     parser.add_argument("--detached", action="store_true")
     parser.add_argument("--adopt", action="store_true")
     given = parser.parse_args()
-    client = herder.Client()
+    # Killed children soon forbid forking where `auto` decides: every other client insists on it.
+    start = "fork" if given.seed % 2 else "auto"
+    client = herder.Client(connect_timeout=PATIENCE_S, workload=herder.Workload(f"chaos-{start}", start=start))
     if given.adopt:
         print(adopt(client, given.folder))
         client.abort()
