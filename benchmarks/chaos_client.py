@@ -251,8 +251,8 @@ def main() -> int:
     parser.add_argument("--adopt", action="store_true")
     given = parser.parse_args()
     # Killed children soon forbid forking where `auto` decides: every other client insists on it.
-    start = "fork" if given.seed % 2 else "auto"
-    client = herder.Client(connect_timeout=PATIENCE_S, workload=herder.Workload(f"chaos-{start}", start=start))
+    workload = herder.Workload("chaos-fork", start="fork") if given.seed % 2 else herder.Workload("chaos-auto")
+    client = herder.Client(connect_timeout=PATIENCE_S, workload=workload)
     if given.adopt:
         print(adopt(client, given.folder))
         client.abort()
