@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -174,7 +175,11 @@ def _say_hello(config: CoordinatorConfig, server: Server) -> None:
 
 
 def harden() -> None:
-    """Make unpickling impossible in this process, and its memory unreadable for others of the same user."""
+    """Make unpickling impossible in this process, and its memory unreadable for others of the same user. A thousand
+    agents and their clients need more descriptors than the usual limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sys.addaudithook(_forbid_unpickling)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 

@@ -28,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from herder_coordinator.core import views
 from herder_coordinator.core.state import State
@@ -46,6 +47,10 @@ log = logging.getLogger(__name__)
 URL_BYTES_MAX = 2_048
 #: Open connections; more are answered 503. Browsers and Prometheus need a few each.
 CONNECTIONS_MAX = 256
+#: ... and more than so many are not answered at all: each costs a descriptor, which agents and clients need.
+SOCKETS_MAX = 2 * CONNECTIONS_MAX
+#: For the first request to come.
+FIRST_REQUEST_S = 10.0
 #: An agent has this long to answer; Prometheus waits 10 s by default.
 PULL_TIMEOUT_S = 5.0
 #: Expositions of agents kept: one of each form per node.
@@ -83,6 +88,28 @@ class _Server(uvicorn.Server):
         self.is_up.set()
 
 
+class _Connection(H11Protocol):
+    """Bounded in number, and closed when it asks for nothing."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > SOCKETS_MAX:
+            transport.abort()
+        else:
+            self._patience = self.loop.call_later(FIRST_REQUEST_S, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _look(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
 class HttpServer:
     """Listens, and serves `app`."""
 
@@ -107,7 +134,7 @@ class HttpServer:
             log_config=None,
             access_log=False,
             lifespan="off",
-            http="h11",
+            http=_Connection,
             ws="none",
             server_header=False,
             proxy_headers=False,

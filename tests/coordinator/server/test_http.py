@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import httpx
 import pytest
 
 from coordinator.server.conftest import Run
+from herder_coordinator.server import http
 from herder_coordinator.server.http import is_known_host
 from herder_shared.ids import NodeName, WorkloadKey
 from herder_shared.wire import messages as m
@@ -182,5 +184,29 @@ def test_a_node_name_cannot_leave_its_path(authority: Authority, tmp_path: Path,
             await settled(agent, web)
             (target,) = (await web.get("/sd")).json()
             assert target["labels"]["__metrics_path__"] == "/agents/a%20b%3Fc/metrics"
+
+    run(go())
+
+
+def test_crowds_that_ask_nothing_are_cut_off_and_agents_and_clients_do_not_notice(
+    authority: Authority, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "SOCKETS_MAX", 20)
+    monkeypatch.setattr(http, "FIRST_REQUEST_S", 0.2)
+
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running:
+            host, port = running.server.http.address.split(":")
+            crowd = [await asyncio.open_connection(host, int(port)) for _ in range(60)]
+            async with client_of(authority, running.address) as client:
+                assert (await client.ask(1, "status")).status is not None
+            async with asyncio.timeout(5.0):
+                for reader, _ in crowd:
+                    with contextlib.suppress(ConnectionResetError):
+                        assert await reader.read() == b""
+            for _, writer in crowd:
+                writer.close()
+            async with httpx.AsyncClient(base_url=running.url) as web:
+                assert (await web.get("/readyz")).status_code == 200
 
     run(go())

@@ -163,6 +163,14 @@ def test_a_hardened_process_cannot_unpickle() -> None:
     assert "never unpickles" in ended.stderr
 
 
+def test_a_hardened_process_may_have_as_many_descriptors_as_the_system_lets() -> None:
+    code = (
+        "from resource import RLIMIT_NOFILE as N, getrlimit, setrlimit; from herder_coordinator.main import harden;"
+        "hard = getrlimit(N)[1]; setrlimit(N, (64, hard)); harden(); assert getrlimit(N) == (hard, hard)"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+
+
 def test_log_text_cannot_fake_a_line() -> None:
     assert escape("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
 
