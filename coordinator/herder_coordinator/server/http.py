@@ -106,7 +106,7 @@ class _Connection(H11Protocol):
             self._patience.cancel()
 
     def _look(self) -> None:
-        if self.cycle is None:
+        if not self.headers:  # of its first request
             self.transport.abort()
 
 
