@@ -41,7 +41,7 @@ from pathlib import Path
 import chaos_history
 
 import herder
-from herder_coordinator.journal.sqlite import SqliteJournal
+from herder_coordinator.journal.sqlite import open_journal
 from herder_shared.ids import ClusterId
 
 #: Short, so that silence beyond it happens within minutes.
@@ -387,7 +387,7 @@ class Chaos:
             for file in source.glob("journal.sqlite*"):
                 with suppress(FileNotFoundError):
                     shutil.copy(file, copy)
-            journal = SqliteJournal.open(Path(copy), ClusterId(self._cluster.profile.cluster))
+            journal = open_journal(Path(copy), ClusterId(self._cluster.profile.cluster))
             try:
                 self._history.read_journal(journal.replay())
             finally:

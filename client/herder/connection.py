@@ -83,6 +83,8 @@ _ACK_DELAY_S = 0.05
 _ACK_EVENTS_MAX = 2_000
 #: After a refusal which says that trying again may help.
 _SUBMIT_AGAIN_S = 1.0
+#: That submissions wait is told at most this often.
+_REFUSAL_LOG_S = 30.0
 #: A query that is not answered in this time, connection or not, raises `Unreachable`.
 QUERY_TIMEOUT_S = 30.0
 #: How long the loop's thread may take to end after it was told to.
@@ -146,6 +148,7 @@ class Connection:
         self._ack_timer: asyncio.TimerHandle | None = None
         self._loss_timers: list[asyncio.TimerHandle] = []
         self._is_retiring = False
+        self._refusal_told_s = -_REFUSAL_LOG_S
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -592,11 +595,13 @@ class Connection:
         track = self._tracks.get(message.job)
         if track is None:
             return
-        if track.refused_from is not None and message.first > track.refused_from:
+        if track.refused_from is not None and message.first >= track.refused_from:
             return  # it followed on what is to be submitted again, and will be with it
         if message.again:
-            _log.warning("the coordinator asks to submit again: %s", message.message)
             assert self._loop is not None
+            if self._loop.time() >= self._refusal_told_s + _REFUSAL_LOG_S:
+                self._refusal_told_s = self._loop.time()
+                _log.warning("what was submitted waits, and is sent again: %s", message.message)
             track.refused_from = message.first
             self._loop.call_later(_SUBMIT_AGAIN_S, self._submit_again, track)
             return

@@ -2,7 +2,9 @@
 
 Exit status: 0 ended as asked; 2 configuration (a file, key, address or option is wrong); 3 another coordinator holds
 the state folder; 4 the journal cannot be used or failed; 5 a bug of ours. Each with one line on stderr that says what
-to do; nothing was acknowledged that is not on disk, so starting it again goes on from there."""
+to do; nothing was acknowledged that is not on disk, so starting it again goes on from there.
+
+With a store in PostgreSQL a second coordinator does not end with status 3: it stands by until it is needed."""
 
 from __future__ import annotations
 
@@ -22,12 +24,22 @@ from typing import Any
 
 import click
 
-from herder_coordinator.journal.interface import JournalError, JournalFull, JournalLocked
+from herder_coordinator.core.snapshot import snapshot
+from herder_coordinator.core.state import new_state
+from herder_coordinator.core.step import finish_replay, replay_record
+from herder_coordinator.journal import sqlite
+from herder_coordinator.journal.interface import JournalError, JournalFull, JournalLocked, StandBy
+from herder_coordinator.journal.stored import StoredJournal
 from herder_coordinator.server.server import Server
+from herder_shared import tls
 from herder_shared.config import CoordinatorConfig, check_private_folder, default_state_dir, load_config
 from herder_shared.errors import ConfigError, HerderError
+from herder_shared.ids import ClusterId
 
 log = logging.getLogger(__name__)
+
+#: Opens a journal: of which cluster, how to stand by, whether to repair it.
+Opener = Callable[[ClusterId, StandBy | None, bool], StoredJournal]
 
 EXIT_CONFIG = 2
 EXIT_LOCKED = 3
@@ -41,6 +53,8 @@ _PR_SET_DUMPABLE = 4
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with the same keys as the options.")
 @click.option("--identity", type=click.Path(path_type=Path), help="Folder with the coordinator's key and certificate.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Folder for journal and blobs.")
+@click.option("--store", metavar="URL", help="postgresql://… for the journal; several coordinators may stand by.")
+@click.option("--blob-dir", type=click.Path(path_type=Path), help="Folder for blobs.  [default: in the state folder]")
 @click.option("--listen", metavar="HOST:PORT", help="Address for agents and clients.")
 @click.option("--http-listen", metavar="HOST:PORT", help="Address for metrics, API and page.")
 @click.option("--lease-s", type=float, help="Seconds for which a silent agent is trusted.")
@@ -49,10 +63,11 @@ _PR_SET_DUMPABLE = 4
 @click.option("--heartbeat-s", type=float, help="Seconds between heartbeats.")
 @click.option("--hello-fd", type=int, help="Descriptor for one line of JSON when ready.")
 @click.option("--lifeline-fd", type=int, help="Descriptor whose end of file ends the program.")
+@click.option("--repair", is_flag=True, help="Drop what is damaged of the journal, say what that was, and end.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much goes to stderr.")
-def command(config: Path | None, **flags: Any) -> None:
+def command(config: Path | None, repair: bool, **flags: Any) -> None:
     """Run a coordinator in the foreground."""
-    sys.exit(_run_program(config, flags))
+    sys.exit(_run_program(config, flags, _repair if repair else _run))
 
 
 def main() -> None:
@@ -60,12 +75,12 @@ def main() -> None:
     command(prog_name="herder coordinator")
 
 
-def _run_program(file: Path | None, flags: dict[str, Any]) -> int:
+def _run_program(file: Path | None, flags: dict[str, Any], run: Callable[[CoordinatorConfig], int]) -> int:
     try:
         config = _load(file, flags)
         start_logging(config.log_level)
         harden()
-        return _run(config)
+        return run(config)
     except ConfigError as error:
         return _complain(error, EXIT_CONFIG)
     except JournalLocked as error:
@@ -96,14 +111,48 @@ def _load(file: Path | None, flags: dict[str, Any]) -> CoordinatorConfig:
     return config
 
 
-def _run(config: CoordinatorConfig) -> int:
-    from herder_coordinator.journal.sqlite import SqliteJournal
+def _opener(config: CoordinatorConfig) -> Opener:
+    """What opens the configured store. (PostgreSQL's client is imported only where it is used.)"""
+    if not config.store:
+        return lambda cluster, _stand_by, repair: sqlite.open_journal(config.state_dir, cluster, repair=repair)
+    from herder_coordinator.journal import postgres
 
+    postgres.check_url(config.store)
+    return lambda cluster, stand_by, repair: postgres.open_journal(
+        config.store, config.state_dir, cluster, lease_s=config.lease_s, stand_by=stand_by, repair=repair
+    )
+
+
+def _repair(config: CoordinatorConfig) -> int:
+    """Read what can be read, write it anew, say what was dropped; the damaged journal's copy is the user's business."""
+    cluster = tls.cluster_of(config.identity)
+    journal = _opener(config)(cluster, None, True)
+    try:
+        state = new_state(cluster, journal.epoch)
+        for record in journal.replay():
+            replay_record(state, record)
+        finish_replay(state, 0.0)
+        assert journal.dropped is not None
+        lines = journal.dropped.report()
+        for line in lines:
+            click.echo(escape(line))
+        if journal.dropped:
+            report = config.state_dir / f"journal.repaired-{journal.epoch}"
+            report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            journal.begin(snapshot(state))
+            click.echo(f"the journal was written anew without it; this report is kept in {report}")
+    finally:
+        journal.close()
+    return 0
+
+
+def _run(config: CoordinatorConfig) -> int:
+    opener = _opener(config)
     gc.freeze()  # modules and classes live as long as the program
     gc.set_threshold(50_000, 20, 20)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
-            runner.run(_serve(config, SqliteJournal.open))
+            runner.run(_serve(config, opener))
         except (HerderError, JournalError):
             raise
         except (
@@ -123,8 +172,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(config: CoordinatorConfig, open_journal: Any) -> None:
-    server = Server(config, open_journal)
+async def _serve(config: CoordinatorConfig, opener: Opener) -> None:
+    server = Server(config, lambda _state_dir, cluster: opener(cluster, server.stand_by, False))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.end, signal.Signals(number).name)

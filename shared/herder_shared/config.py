@@ -37,6 +37,10 @@ class CoordinatorConfig(msgspec.Struct, frozen=True):
 
     identity: Path
     state_dir: Path
+    #: "postgresql://…" for the journal; empty = SQLite in the state folder.
+    store: str = ""
+    #: Where blobs are; None = in the state folder. Coordinators that stand by for each other share it.
+    blob_dir: Path | None = None
     listen: str = f"127.0.0.1:{PORT}"
     http_listen: str = f"127.0.0.1:{HTTP_PORT}"
     lease_s: float = LEASE_S

@@ -40,6 +40,7 @@ class MemoryJournal:
         self.hold = False
         self.is_closed = False
         self.size_bytes = 0
+        self.shortage = ""
         self._queued: list[tuple[Sequence[Record], Callable[[float], None]]] = []
         self._on_failure: Callable[[JournalError], None] | None = None
 

@@ -32,7 +32,7 @@ from herder_coordinator.core.state import (
     TaskKey,
 )
 from herder_shared import limits
-from herder_shared.ids import AttemptId, BlobId, Incarnation, NodeName, WorkloadKey
+from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import TASK_TRANSITIONS, AgentState, Outcome, TaskState
 from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem, WorkloadSpec
 
@@ -543,6 +543,13 @@ def ack_events(state: State, job: Job, cursor: int) -> None:
         _remember(state, (job.id, end.index), end)
     del job.ends[:count]
     job.base = job.acked
+
+
+def remember(state: State, job: JobId, end: TaskEnd) -> None:
+    """From a snapshot: an acknowledged terminal record that was not forgotten yet."""
+    if end.result is not None and end.result.blob is not None:
+        use_blob(state, end.result.blob)
+    _remember(state, (job, end.index), end)
 
 
 def end_size_bytes(end: TaskEnd) -> int:

@@ -177,6 +177,14 @@ class EndsRestored(_Record, frozen=True):
     ends: tuple[TaskEnd, ...]
 
 
+class EndsRemembered(_Record, frozen=True):
+    """Acknowledged terminal records that a late dependant may still ask for. Only where the journal goes on behind the
+    snapshot: a new life forgets them."""
+
+    job: JobId
+    ends: tuple[TaskEnd, ...]
+
+
 class DependencyKept(_Record, frozen=True):
     """The value of an ended task which an unended one waits with; the ended one's own record may be gone."""
 
@@ -217,10 +225,20 @@ Record = (
     | JobRestored
     | TasksRestored
     | EndsRestored
+    | EndsRemembered
     | DependencyKept
     | CancelKept
     | JobSummarized
 )
 
 #: What stands before the tasks' own history in a snapshot: until all of these are read, values may be missing.
-RESTORED = (EpochStarted, FunctionKept, JobRestored, TasksRestored, EndsRestored, DependencyKept, JobSummarized)
+RESTORED = (
+    EpochStarted,
+    FunctionKept,
+    JobRestored,
+    TasksRestored,
+    EndsRestored,
+    EndsRemembered,
+    DependencyKept,
+    JobSummarized,
+)

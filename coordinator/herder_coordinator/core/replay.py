@@ -112,6 +112,7 @@ def _apply_restored(
     record: records.JobRestored
     | records.TasksRestored
     | records.EndsRestored
+    | records.EndsRemembered
     | records.DependencyKept
     | records.CancelKept
     | records.JobSummarized,
@@ -131,6 +132,9 @@ def _apply_restored(
                 job.kept[end.index] = end
                 if end.result is not None and end.result.blob is not None:
                     apply.use_blob(state, end.result.blob)
+        case records.EndsRemembered():
+            for end in record.ends:
+                apply.remember(state, record.job, end)
         case records.DependencyKept():
             state.restored_values[record.job, record.index] = record.value
         case records.CancelKept():

@@ -18,14 +18,19 @@ PART_TASKS_MAX = 20_000
 PART_BYTES_MAX = 4 * limits.MIB
 
 
-def snapshot(state: State) -> list[Record]:
+def snapshot(state: State, *, goes_on: bool = False) -> list[Record]:
     """Records which, replayed into an empty state, give this one: but for who is connected, and for what a fresh start
-    forgets anyway (measurements, acknowledged records)."""
+    forgets anyway (measurements, acknowledged records).
+
+    `goes_on`: the journal of the same life goes on behind it, so it keeps what only a fresh start forgets.
+    """
     out: list[Record] = [records.EpochStarted(state.cluster, state.epoch)]
     out += [records.JobSummarized(info) for info in state.summaries.values()]
     out += [records.FunctionKept(kept.function) for kept in state.functions.values()]
     for job in state.jobs.values():
         out += _job(state, job)
+    if goes_on:
+        out += [records.EndsRemembered(job_id, (end,)) for (job_id, _), end in state.recent.items()]
     for key, value in _values(state).items():
         out.append(records.DependencyKept(key[0], key[1], value))
     out += [records.DrainSet(name, on=True) for name in state.drained]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import msgspec
 
 from herder_coordinator.core.records import Record
+from herder_shared.limits import MIB
 
 _HEAD = struct.Struct(">IQ")
 _encoder = msgspec.msgpack.Encoder()
@@ -47,3 +49,26 @@ def decode_batch(seq: int, content: bytes) -> list[Record]:
         return _decoder.decode(memoryview(content)[_HEAD.size :])
     except msgspec.MsgspecError as error:
         raise DamagedBatch(f"batch {seq} has a record which this version does not know: {error}") from error
+
+
+#: Records in one row, and their bytes: what a crash can tear, and what a replay holds in memory at a time. (One record
+#: may be larger than that; it is below 5 MiB.)
+ROW_RECORDS_MAX = 1_000
+ROW_BYTES_MAX = 8 * MIB
+
+
+def encode_rows(first: int, records: Iterable[Record]) -> Iterator[tuple[int, bytes]]:
+    """Records as numbered rows of bounded size, from number `first` on."""
+    number = first
+    iterator = iter(records)
+    while group := list(islice(iterator, ROW_RECORDS_MAX)):
+        todo = [group]
+        while todo:
+            part = todo.pop()
+            content = encode_batch(number, part)
+            if len(content) > ROW_BYTES_MAX and len(part) > 1:
+                middle = len(part) // 2
+                todo += [part[middle:], part[:middle]]
+                continue
+            yield number, content
+            number += 1

@@ -1,4 +1,5 @@
 """What the server needs of a journal. Any storage error is fail-stop: the program ends without another acknowledgement.
+The one exception is a full disk, before anything was written: then acknowledgements wait until there is room.
 
 A journal is opened by one process at a time, replayed, given a fresh snapshot, and appended to by one thread.
 """
@@ -17,11 +18,27 @@ class JournalError(Exception):
 
 
 class JournalFull(JournalError):
-    """No space. Not damage: at start it is said; while running the coordinator stops and keeps what it acknowledged."""
+    """No space. Not damage: nothing was written, and what was acknowledged is kept."""
+
+
+class JournalDamaged(JournalError):
+    """What was acknowledged cannot all be read; the message says where. `--repair` goes on, and says what it drops."""
 
 
 class JournalLocked(JournalError):
     """Another coordinator holds this folder; the message names its pid and host."""
+
+
+class JournalFenced(JournalError):
+    """Another coordinator has taken over: this one must end."""
+
+
+class StandbyEnded(Exception):
+    """Told to end while another coordinator held the journal."""
+
+
+#: How a standby waits: it is called with the reason and the seconds to wait for, and gives False when it must end.
+StandBy = Callable[[str, float], bool]
 
 
 class Journal(Protocol):
@@ -32,7 +49,7 @@ class Journal(Protocol):
     epoch: int
 
     def replay(self) -> Iterator[Record]:
-        """Every record, oldest first, the snapshot's first of all. Raises JournalError on damage before the tail."""
+        """Every record, oldest first, the snapshot's first of all. Raises JournalDamaged on damage before the tail."""
 
     def begin(self, snapshot: Sequence[Record]) -> None:
         """Write a fresh snapshot (records that rebuild the state), make the new epoch durable, start the writer."""
@@ -49,3 +66,7 @@ class Journal(Protocol):
 
     @property
     def size_bytes(self) -> int: ...
+
+    @property
+    def shortage(self) -> str:
+        """Why nothing new should be taken in for now, in words for a user (no space); "" when all is well."""

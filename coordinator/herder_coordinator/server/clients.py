@@ -18,7 +18,15 @@ from herder_coordinator.server.blobs import BlobStore
 from herder_coordinator.server.coalesce import halve
 from herder_coordinator.server.loop import CoreLoop
 from herder_coordinator.server.transfers import Transfers
-from herder_shared.errors import ConfigError, DataLost, HerderError, JobNotFound, PayloadTooLarge, RemoteProtocolError
+from herder_shared.errors import (
+    ConfigError,
+    DataLost,
+    HerderError,
+    JobNotFound,
+    PayloadTooLarge,
+    RemoteProtocolError,
+    Unreachable,
+)
 from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
 from herder_shared.wire import messages as m
 from herder_shared.wire.stream import Link
@@ -55,6 +63,8 @@ class Clients:
         self._by_client: dict[Incarnation, _ClientLink] = {}
         self._unflushed: dict[Link, None] = {}
         self.shut_down: Callable[[], None] | None = None
+        #: Why nothing new can be taken in just now; "" when it can.
+        self.why_no_submissions: Callable[[], str] = str
 
     # --- what links report -------------------------------------------------------------------------------------------
 
@@ -144,6 +154,11 @@ class Clients:
     # --- submissions -------------------------------------------------------------------------------------------------
 
     def _submit(self, client: _ClientLink, message: m.SubmitTasks) -> None:
+        reason = self.why_no_submissions()
+        if reason:
+            text = f"{reason}: nothing new is taken in until that is over"
+            client.link.send(m.SubmitRefused(message.job, message.first, Unreachable.__name__, text, again=True))
+            return
         missing = self._missing(message)
         if missing:
             text = f"{len(missing)} blobs which the submission names are not here; the first is {missing[0]}"

@@ -62,12 +62,14 @@ _PAGE = (Path(__file__).parent / "page.html").read_bytes()
 
 @dataclass(slots=True)
 class Sources:
-    """What HTTP reads. `state` gives None until the journal is replayed; `why_not_ready` gives "" when all is well."""
+    """What HTTP reads. `state` gives None until the journal is replayed; `why_not_ready` and `trouble` (what keeps a
+    live coordinator from serving as it should) give "" when all is well."""
 
     state: Callable[[], State | None]
     now_s: Callable[[], float]
     status: Callable[[State], StatusInfo]
     why_not_ready: Callable[[], str]
+    trouble: Callable[[], str]
     agents: Callable[[], Agents | None]
     metrics: Metrics
 
@@ -258,7 +260,8 @@ class _Pages:
         return Response(content, headers={"content-type": content_type})
 
     async def health(self, _request: Request) -> Response:
-        return PlainTextResponse("ok\n")
+        """Whether the program lives, which a new start could not mend; and what troubles it."""
+        return PlainTextResponse(f"{self._sources.trouble() or 'ok'}\n")
 
     async def readiness(self, _request: Request) -> Response:
         reason = self._sources.why_not_ready()

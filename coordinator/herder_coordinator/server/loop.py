@@ -46,6 +46,9 @@ LAZY_S = 0.005
 _LAZY_RECORDS = (TasksSubmitted, AttemptsAssigned, EventsAcked)
 #: A held effect's batch that waits longer than this for the disk makes the coordinator not ready.
 SYNC_HANGS_S = 30.0
+#: ... longer than this is said by /healthz; longer than this, new submissions are asked to come again later.
+SYNC_SLOW_S = 1.0
+SYNC_PAUSES_S = 5.0
 
 Question = Callable[[State, float], None]
 

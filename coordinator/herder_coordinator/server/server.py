@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +19,12 @@ from herder_coordinator.core.effects import Effect, Observe
 from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import Periods, State, new_state
 from herder_coordinator.core.step import finish_replay, replay_record
-from herder_coordinator.journal.interface import Journal, JournalError
+from herder_coordinator.journal.interface import Journal, JournalError, StandbyEnded
 from herder_coordinator.server import http, metrics
 from herder_coordinator.server.agents import Agents
 from herder_coordinator.server.blobs import BlobStore
 from herder_coordinator.server.clients import Clients
-from herder_coordinator.server.loop import SYNC_HANGS_S, CoreLoop
+from herder_coordinator.server.loop import SYNC_HANGS_S, SYNC_PAUSES_S, SYNC_SLOW_S, CoreLoop
 from herder_coordinator.server.relays import Relays
 from herder_coordinator.server.transfers import Transfers
 from herder_shared import tls
@@ -61,7 +62,11 @@ class Server:
         self._clients: Clients | None = None
         self._stops_agents = False
         self._sessions = 0
-        self._store = BlobStore(config.state_dir / "blobs")
+        self._store = BlobStore(config.blob_dir or config.state_dir / "blobs")
+        #: Set with `_ended`, for the thread that opens the journal.
+        self._ended_early = threading.Event()
+        #: Why we wait for the journal; "" when we do not.
+        self._standby = ""
         self._transfers = Transfers(self._store, self._blob_arrived)
         self.metrics = metrics.Metrics(self._metrics_sources())
         self.http = http.HttpServer(self._http_sources())
@@ -83,6 +88,8 @@ class Server:
             await self._start()
             ready(self)
             await self._serve()
+        except StandbyEnded:
+            log.info("ended while standing by")
         finally:
             await self._stop()
         if self._failure is not None:
@@ -93,6 +100,14 @@ class Server:
         if not self._ended.is_set():
             log.info("ending: %s", reason)
         self._ended.set()
+        self._ended_early.set()
+
+    def stand_by(self, reason: str, seconds: float) -> bool:
+        """In the thread that opens the journal: somebody else has it. Wait; False when told to end."""
+        if not self._standby:
+            log.warning("standing by: the journal is held by another coordinator (%s)", reason)
+        self._standby = reason
+        return not self._ended_early.wait(seconds)
 
     async def _start(self) -> None:
         config = self._config
@@ -109,6 +124,7 @@ class Server:
         relays = Relays(self._clients, self._transfers, self._welcome)
         self._agents = Agents(core, self._store, self._transfers, relays)
         self._clients.shut_down = self._shut_down
+        self._clients.why_no_submissions = self._why_no_submissions
         core.start(effects)
         self._acceptor = Acceptor(context=context, cluster=self.cluster, welcome=self._welcome, observer=self)
         host, port = await self._acceptor.listen(*parse_address(config.listen, PORT))
@@ -118,6 +134,9 @@ class Server:
     def _replay(self, now_s: float) -> tuple[Journal, State, list[Effect]]:
         """In a thread. The state has no other owner yet."""
         journal = self._open_journal(self._config.state_dir, self.cluster)
+        if self._standby:
+            log.warning("taking over in epoch %d from %s", journal.epoch, self._standby)
+            self._standby = ""
         try:
             config = self._config
             periods = Periods(
@@ -297,16 +316,38 @@ class Server:
         return views.status(state, version=self.version, http=self.http.address)
 
     def _why_not_ready(self) -> str:
+        if self._standby:
+            return self._trouble()
         if self._core is None:
             return "the journal is being replayed"
         if self._failure is not None:
             return f"failed: {self._failure}"
         if self._ended.is_set():
             return "ending"
+        return self._trouble() if self._core.sync_age_s() > SYNC_HANGS_S else ""
+
+    def _trouble(self) -> str:
+        """What is wrong while we live."""
+        if self._standby:
+            return f"standing by: the journal is held by another coordinator ({self._standby})"
+        if self._core is None or self._journal is None:
+            return ""
+        shortage = self._journal.shortage
+        if shortage:
+            return f"{shortage}: new submissions are refused until there is room"
         age_s = self._core.sync_age_s()
-        if age_s > SYNC_HANGS_S:
-            return f"the journal's disk has not answered for {age_s:.0f} s: nothing is acknowledged until it does"
+        if age_s > SYNC_SLOW_S:
+            return f"the journal's disk has not answered for {age_s:.1f} s: nothing is acknowledged until it does"
         return ""
+
+    def _why_no_submissions(self) -> str:
+        """Why new submissions must wait outside: what is let in stays in memory until it is on disk."""
+        if self._core is None or self._journal is None:
+            return ""
+        age_s = self._core.sync_age_s()
+        if age_s > SYNC_PAUSES_S:
+            return f"the journal's disk has not answered for {age_s:.0f} s"
+        return self._journal.shortage
 
     def _metrics_sources(self) -> metrics.Sources:
         return metrics.Sources(
@@ -325,6 +366,7 @@ class Server:
             now_s=self._now_s,
             status=self._status,
             why_not_ready=self._why_not_ready,
+            trouble=self._trouble,
             agents=lambda: self._agents,
             metrics=self.metrics,
         )

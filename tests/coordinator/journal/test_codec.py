@@ -35,6 +35,7 @@ ONE_OF_EACH: list[records.Record] = [
     records.JobRestored(Incarnation("client"), "me", SPEC, 5, closed=True),
     records.TasksRestored(JOB, 0, None, (None, TaskItem(Payload(b"args"))), "", b"\1\0"),
     records.EndsRestored(JOB, (END,)),
+    records.EndsRemembered(JOB, (END,)),
     records.DependencyKept(JOB, 1, Payload(b"value")),
     records.CancelKept(JOB, (1,), running=False),
     records.JobSummarized(JobInfo(JOB, "digits", "me", "auto", "done", {TaskState.ENDED: 3})),

@@ -24,11 +24,13 @@ from herder_shared.wire import messages as m
 from support.coordinators import (
     FUNCTION,
     JOB,
+    Process,
     agent_of,
     client_of,
     collect_ends,
     config_for,
     coordinator_process,
+    ended,
     job_spec,
     run_all,
     start_arguments,
@@ -192,30 +194,59 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_it_and_what_was_acknowledged_is_kept(
+def test_on_a_full_disk_what_runs_ends_and_what_is_new_waits_for_room(
     authority: Authority, tmp_path: Path, run: Run, small_disk: Callable[[int], None]
 ) -> None:
+    small_disk(6)
     config = config_for(authority, tmp_path)
-    acknowledged: list[int] = []
 
-    async def fill(address: tuple[str, int]) -> None:
-        async with client_of(authority, address) as client:
-            client.send(m.OpenJob(job_spec(detached=True)))
-            for first in range(100):
+    async def fill(started: Process) -> None:
+        async with (
+            agent_of(authority, started.address) as agent,
+            client_of(authority, started.address) as client,
+            httpx.AsyncClient(base_url=started.url) as web,
+        ):
+            client.send(m.OpenJob(job_spec()), submission(2))
+            order = await agent.next(m.StartAttempts)
+            running = list(order.attempts)
+            while len(running) < 2:
+                running += (await agent.next(m.StartAttempts)).attempts
+            first = 2
+            while not any(isinstance(one, m.SubmitRefused) for one in client.messages):
                 client.send(m.SubmitTasks(JOB, first, FUNCTION, tasks(bytes(50_000))))
-            await client.client.observer.until(lambda: client.client.observer.ends)
-            acknowledged.extend(one.upto for one in client.messages if isinstance(one, m.SubmitOk))
+                await client.ask(first, "status")
+                first += 1
+                assert first < 500
+            refused = await client.next(m.SubmitRefused)
+            assert (refused.error, refused.again) == ("Unreachable", True)
+            assert "KiB are left on the disk" in refused.message
+            assert "KiB are left" in (await web.get("/healthz")).text
+            # What runs ends, and is told.
+            agent.send(m.AttemptsEnded(tuple(map(ended, running))))
+            assert len((await client.next(m.TasksEnded)).ends) >= 1
+            small_disk(40)
+            upto = 0
+            while upto < refused.first + 1:
+                client.send(m.SubmitTasks(JOB, refused.first, FUNCTION, tasks(bytes(50_000))))
+                await client.ask(1_000 + first, "status")
+                first += 1
+                oks = [one.upto for one in client.messages if isinstance(one, m.SubmitOk)]
+                upto = max(oks)
 
-    async def count(address: tuple[str, int]) -> None:
-        async with client_of(authority, address) as client:
-            jobs = (await client.ask(1, "jobs")).jobs or ()
-            assert sum(job.tasks for job in jobs) >= max(acknowledged, default=0)
+    with coordinator_process(config) as started:
+        run(fill(started))
+        assert started.end() == 0
+        assert "Traceback" not in started.log.read_text()
 
-    with coordinator_process(config) as full:
-        run(fill(full.address))
-        assert full.process.wait(10) == 4
-        assert "no space left" in full.log.read_text()
-        assert "Traceback" not in full.log.read_text()
-    small_disk(20)
-    with coordinator_process(config) as again:
-        run(count(again.address))
+
+@pytest.mark.slow
+def test_no_room_at_the_start_is_said_with_the_cure(
+    authority: Authority, tmp_path: Path, small_disk: Callable[[int], None]
+) -> None:
+    config = config_for(authority, tmp_path)
+    (config.state_dir / "something").write_bytes(bytes(2 * 1024 * 1024 - 8192))
+    full = run_to_end(config)
+    assert full.returncode == 4
+    assert "no space left" in full.stderr
+    assert "make room on that disk" in full.stderr
+    assert "Traceback" not in full.stderr

@@ -170,12 +170,55 @@ def test_readiness_says_why_not(
             journal.hold = True
             client.send(m.OpenJob(job_spec(JobId("feedfeedfeedfeed"))))
             await client.ask(1, "status")
+            health = await web.get("/healthz")
+            assert health.status_code == 200
+            assert health.text == "ok\n"
+            monkeypatch.setattr("herder_coordinator.server.server.SYNC_SLOW_S", -1.0)
+            assert (await web.get("/readyz")).status_code == 200
             monkeypatch.setattr("herder_coordinator.server.server.SYNC_HANGS_S", -1.0)
             answer = await web.get("/readyz")
             assert answer.status_code == 503
             assert "disk" in answer.text
-            assert (await web.get("/healthz")).status_code == 200
+            health = await web.get("/healthz")
+            assert health.status_code == 200
+            assert "the journal's disk has not answered for" in health.text
             journal.hold = False
             journal.commit()
+
+    run(go())
+
+
+def test_while_there_is_no_room_or_no_answer_submissions_are_asked_to_come_again(
+    authority: Authority, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def go() -> None:
+        journal = MemoryJournal()
+        async with (
+            coordinating(authority, tmp_path, journal) as running,
+            client_of(authority, running.address) as client,
+            httpx.AsyncClient(base_url=running.url) as web,
+        ):
+            client.send(m.OpenJob(job_spec()))
+            assert (await client.next(m.SubmitOk)).upto == 0
+            journal.shortage = "no space left on its disk"
+            client.send(submission(3))
+            refused = await client.next(m.SubmitRefused)
+            assert (refused.first, refused.error, refused.again) == (0, "Unreachable", True)
+            assert "no space" in refused.message
+            assert "no space" in (await web.get("/healthz")).text
+            assert (await web.get("/readyz")).status_code == 200
+            journal.shortage = ""
+            journal.hold = True
+            client.send(submission(3))
+            await client.ask(1, "status")
+            monkeypatch.setattr("herder_coordinator.server.server.SYNC_PAUSES_S", -1.0)
+            client.send(submission(3, first=3))
+            assert (await client.next(m.SubmitRefused)).first == 3
+            monkeypatch.undo()
+            journal.hold = False
+            journal.commit()
+            client.send(submission(3, first=3))
+            while (await client.next(m.SubmitOk)).upto < 6:
+                pass
 
     run(go())
