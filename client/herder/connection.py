@@ -68,6 +68,7 @@ from herder_shared.wire.messages import (
     SubmitRefused,
     TaskEnd,
     TasksEnded,
+    TasksReset,
     TasksStarted,
     WantBlob,
 )
@@ -89,6 +90,9 @@ _REFUSAL_LOG_S = 30.0
 QUERY_TIMEOUT_S = 30.0
 #: How long the loop's thread may take to end after it was told to.
 _JOIN_S = 10.0
+
+#: In `Track.held`, which is by index: somebody asks for more of a job that was over.
+_FOLLOWED = -1
 
 Question = Callable[[int], ClientToCoordinator]
 
@@ -313,6 +317,15 @@ class Connection:
         """Ask for the end of every task of every job that is not detached. Takes no lock."""
         self._later(partial(self._cancel_all, running))
 
+    @contextmanager
+    def following(self, track: Track) -> Iterator[None]:
+        """While this is entered the job's events are heard, also if all was said about it: more may come."""
+        self._later(partial(self._follow, track))
+        try:
+            yield
+        finally:
+            self._later(partial(self._follow_no_more, track))
+
     def claim(self, job: JobId, index: int) -> None:
         """Keep this task's result at the coordinator until `unclaim`, or until the batch that claims it is
         acknowledged."""
@@ -491,6 +504,8 @@ class Connection:
         match message:
             case TasksEnded():
                 self._tasks_ended(message)
+            case TasksReset():
+                self._tasks_reset(message)
             case TasksStarted():
                 track = self._tracks.get(message.job)
                 if track is not None:
@@ -545,6 +560,15 @@ class Connection:
             self._ack()
         else:
             self._ack_soon()
+
+    def _tasks_reset(self, message: TasksReset) -> None:
+        track = self._tracks.get(message.job)
+        if track is None:
+            return
+        with self._lock:
+            if not track.is_observer:
+                track.unresolved_count += len(message.indices)
+        track.sink.reset(message.indices)
 
     def _fetched(self, track: Track, cursor: int, end: TaskEnd, content: bytes | None) -> None:
         track.held.pop(end.index, None)
@@ -655,6 +679,15 @@ class Connection:
                     del self._tracks[track.job]
                 for batch in self._outbox.forget(track.job):
                     self._unclaim(batch.claims)
+
+    def _follow(self, track: Track) -> None:
+        with self._lock:
+            self._tracks[track.job] = track
+        track.held[_FOLLOWED] = track.cursor
+
+    def _follow_no_more(self, track: Track) -> None:
+        track.held.pop(_FOLLOWED, None)
+        self._ack_soon()
 
     def _ask(self, question: Question, answered: concurrent.futures.Future[Answer]) -> None:
         self._question_count += 1

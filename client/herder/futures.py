@@ -330,6 +330,9 @@ class Submissions:
             if future is not None:
                 guard(future.finish, end)
 
+    def reset(self, indices: Sequence[int]) -> None:
+        """Sink. A future that is done stays so: `client.job(...)` follows what is run again."""
+
     def lost(self, first: int, error: HerderError | None) -> None:
         """Sink."""
         for index in [index for index in list(self._futures) if index >= first]:

@@ -24,7 +24,7 @@ from herder.turnstile import Patience
 from herder_shared.errors import HerderError, JobNotFound
 from herder_shared.ids import task_id
 from herder_shared.states import Outcome
-from herder_shared.wire.messages import Query, TaskEnd
+from herder_shared.wire.messages import Query, RetryFailed, TaskEnd
 
 if TYPE_CHECKING:
     from herder.connection import Connection
@@ -102,6 +102,8 @@ class Record:
                 self.running.discard(end.index)
                 if end.index in self._local:
                     continue
+                if end.index in self._ends:
+                    self._reset((end.index,))
                 self.outcome_counts[Outcome.CANCELLED if is_cancelled(end) else end.outcome] += 1
                 self.order.append(end.index)
                 if not self._is_abandoned:
@@ -111,6 +113,21 @@ class Record:
             self.changed.notify_all()
         for future, end in told:
             guard(future.finish, end)
+
+    def reset(self, indices: Sequence[int]) -> None:
+        """Sink."""
+        with self.changed:
+            self._reset(indices)
+            self.changed.notify_all()
+
+    def _reset(self, indices: Sequence[int]) -> None:
+        anew = {index for index in indices if index in self._ends}
+        for index in anew:
+            end = _decode_end(self._ends.pop(index))
+            self.outcome_counts[Outcome.CANCELLED if is_cancelled(end) else end.outcome] -= 1
+            self._futures.pop(index, None)
+        if anew:
+            self.order = array("Q", (index for index in self.order if index not in anew))
 
     def lost(self, first: int, error: HerderError | None) -> None:
         """Sink."""
@@ -450,6 +467,25 @@ class Job:
             self._connection.check_usable()
         self._record.stop(running=self._cancel_running)
         self._connection.cancel(self._track.job, None, running=self._cancel_running)
+
+    def retry_failed(self) -> int:
+        """Run the tasks again that did not succeed and were not cancelled, dependants of failed ones included, with
+        their retries as at first. How many; 0 if none has failed. `wait`, `results` and `failures` then tell of the new
+        ends; futures and iterators made before do not.
+
+        The coordinator keeps what it takes while the client that submitted the job is there, and of detached jobs;
+        tasks that may run at most once are not run again where nobody knows how they ended.
+
+        Raises:
+            JobNotFound: it was forgotten.
+            Unauthorized: it is somebody else's.
+            HerderError: it was cancelled.
+            Unreachable: no answer, and so not known.
+        """
+        job = self._track.job
+        with self._connection.following(self._track):
+            answer = self._connection.ask(lambda number: RetryFailed(number, job))
+        return answer.count or 0
 
     def failures(self) -> dict[int, BaseException]:
         """Why tasks failed, by index, of those that have ended by now. Cancelled ones are not among them."""

@@ -26,6 +26,9 @@ class Sink(Protocol):
     def ended(self, ends: Sequence[TaskEnd]) -> None:
         """These tasks have ended; large results are here already."""
 
+    def reset(self, indices: Sequence[int]) -> None:
+        """These tasks had ended and are run again: a new end of each follows."""
+
     def lost(self, first: int, error: HerderError | None) -> None:
         """Tasks from `first` on that have not ended will get no end: `error` says why, None that they are cancelled."""
 

@@ -100,6 +100,48 @@ def test_dask_collections_compute_on_a_cluster(client: herder.Client) -> None:
         dask.delayed(inc)(dask.delayed(divmod)(1, 0)).compute(scheduler=on_herder.get, client=client)
 
 
+# --- failed tasks, once more ------------------------------------------------------------------------------------------
+
+
+def fail_without(path: str, number: int) -> int:
+    if number and not os.path.exists(path):
+        raise LookupError(number)
+    return number
+
+
+def test_failed_tasks_are_run_again(client: herder.Client, tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    job = client.array(fail_without, [str(path)] * 4, range(4))
+    assert job.wait(WAIT_S)
+    assert sorted(job.failures()) == [1, 2, 3]
+    assert job.retry_failed() == 3
+    assert job.wait(WAIT_S)
+    assert sorted(job.failures()) == [1, 2, 3]
+    path.touch()
+    assert job.retry_failed() == 3
+    assert list(job.results(WAIT_S)) == [0, 1, 2, 3]
+    assert job.retry_failed() == 0
+    assert job.status().outcomes == {Outcome.SUCCEEDED: 4}
+    assert job.progress().ended == 4
+
+
+def test_a_dependant_is_run_again_with_what_it_needs(
+    cluster: herder.LocalCluster, client: herder.Client, tmp_path: Path
+) -> None:
+    """Of a detached job, by another client."""
+    path = tmp_path / "there"
+    with client.options(detached=True) as view:
+        last = view.submit(neg, view.submit(fail_without, str(path), 7))
+        assert isinstance(last.exception(WAIT_S), herder.DependencyFailed)
+    path.touch()
+    with cluster.client() as another:
+        job = another.job(last.job_id)
+        assert job.retry_failed() == 2
+        assert list(job.results(WAIT_S)) == [7, -7]
+    with cluster.client() as later:
+        assert list(later.job(last.job_id).results(WAIT_S)) == [7, -7]
+
+
 # --- a client killed in mid-graph ------------------------------------------------------------------------------------
 
 _SCRIPT = """

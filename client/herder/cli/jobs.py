@@ -1,4 +1,4 @@
-"""`herder jobs`, `job`, `wait`, `cancel`, `logs`: what became of what was submitted."""
+"""`herder jobs`, `job`, `wait`, `cancel`, `retry`, `logs`: what became of what was submitted."""
 
 from __future__ import annotations
 
@@ -154,6 +154,21 @@ def cancel(what: tuple[str, ...], profile: str | None, as_json: bool) -> None:
         print_json({"cancelled": what})
     else:
         click.echo(f"cancelled: {' '.join(what)}")
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@cluster_options
+def retry(job_id: str, profile: str | None, as_json: bool) -> None:
+    """Run a job's failed tasks again."""
+    with connected(profile) as client:
+        count = client.job(job_id).retry_failed()
+    if as_json:
+        print_json({"job": job_id, "retried": count})
+    else:
+        click.echo(
+            f"{count} failed tasks of job {job_id} are run again" if count else f"no task of job {job_id} has failed"
+        )
 
 
 def parse_job_or_task(text: str) -> tuple[JobId, int | None]:

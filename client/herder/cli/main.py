@@ -40,6 +40,7 @@ OWN_COMMANDS: dict[str, tuple[str, str]] = {
     "job": ("herder.cli.jobs:job", "Show one job."),
     "wait": ("herder.cli.jobs:wait", "Wait until a job has ended."),
     "cancel": ("herder.cli.jobs:cancel", "Cancel a job, or some of its tasks."),
+    "retry": ("herder.cli.jobs:retry", "Run a job's failed tasks again."),
     "logs": ("herder.cli.jobs:logs", "Show what a job's tasks wrote."),
     "bench": ("herder.cli.bench.command:command", "The built-in benchmarks."),
 }

@@ -16,6 +16,7 @@ from herder_coordinator.core import placement, records, reserve, shares
 from herder_coordinator.core.lease import FORGET_S
 from herder_coordinator.core.state import (
     OUTCOME_CODES,
+    OUTCOMES,
     Chunk,
     Client,
     Feed,
@@ -27,6 +28,7 @@ from herder_coordinator.core.state import (
     Node,
     Queue,
     Share,
+    Spent,
     State,
     Task,
     TaskKey,
@@ -43,6 +45,10 @@ RECENT_ENDS_MAX = 100_000
 END_OVERHEAD_BYTES = 600
 #: Workloads and paces of workloads that no job uses.
 WORKLOADS_KEPT_MAX = 1_000
+#: Arguments of failed tasks which are kept so that they can be run again, and what each costs beside its bytes.
+SPENT_BYTES_MAX = 256 * limits.MIB
+SPENT_OVERHEAD_BYTES = 500
+SPENT_OUTCOMES = frozenset(set(Outcome) - {Outcome.SUCCEEDED, Outcome.CANCELLED})
 PACES_MAX = 2_000
 
 
@@ -202,6 +208,8 @@ def forget_job(state: State, job: Job, info: JobInfo) -> None:
     for end in job.ends:
         if end.result is not None and end.result.blob is not None:
             release_blob(state, end.result.blob)
+    for index in list(job.spent):
+        _drop_spent(state, job, index)
     _leave_group(state, job.group)
     kept = state.workloads.get(job.spec.workload.key)
     if kept is not None:
@@ -470,6 +478,8 @@ def end_task(state: State, job: Job, end: TaskEnd) -> None:
     index = end.index
     assert not job.outcomes[index], f"{job.id}.{index} ended twice"
     task = job.tasks.pop(index, None)
+    if end.outcome in SPENT_OUTCOMES:
+        _keep_spent(state, job, index, task)
     if task is not None:
         unplace(state, task)
         task.state = TaskState.ENDED
@@ -497,6 +507,72 @@ def end_task(state: State, job: Job, end: TaskEnd) -> None:
         use_blob(state, end.result.blob)
     if state.dependants:
         _tell_dependants(state, (job.id, index), end)
+
+
+def _keep_spent(state: State, job: Job, index: int, task: Task | None) -> None:
+    """Keep what it takes to run this task again, if there is room."""
+    if task is not None:
+        keep_spent(state, job, index, Spent(task.item, task.function, task.python, task.attempt, task.ordinal))
+        return
+    found = chunk_of(job, index)
+    assert found is not None
+    chunk, offset = found
+    item = chunk.tasks[offset]
+    assert item is not None
+    keep_spent(state, job, index, Spent(item, chunk.function, chunk.python))
+
+
+def keep_spent(state: State, job: Job, index: int, spent: Spent) -> None:
+    """As `_keep_spent`; also from a snapshot."""
+    size_bytes = _spent_bytes(spent)
+    if state.spent_bytes + size_bytes > SPENT_BYTES_MAX:
+        return
+    state.spent_bytes += size_bytes
+    job.spent[index] = spent
+    _use_function(state, spent.function)
+    if spent.item.args.blob is not None:
+        use_blob(state, spent.item.args.blob)
+
+
+def _drop_spent(state: State, job: Job, index: int) -> Spent:
+    spent = job.spent.pop(index)
+    state.spent_bytes -= _spent_bytes(spent)
+    _release_function(state, spent.function)
+    if spent.item.args.blob is not None:
+        release_blob(state, spent.item.args.blob)
+    return spent
+
+
+def _spent_bytes(spent: Spent) -> int:
+    return SPENT_OVERHEAD_BYTES + spent.item.args.size_bytes + len(spent.item.args.inline)
+
+
+def reset_tasks(state: State, job: Job, indices: Sequence[int]) -> None:
+    """These failed tasks have not ended any more: as submitted, but for the numbers of their attempts."""
+    for index in indices:
+        kept = job.spent[index]
+        _use_function(state, kept.function)
+        if kept.item.args.blob is not None:
+            use_blob(state, kept.item.args.blob)
+        _drop_spent(state, job, index)
+        outcome = OUTCOMES[job.outcomes[index]]
+        job.outcomes[index] = 0
+        job.ended -= 1
+        job.resets += 1
+        job.ended_by[outcome] -= 1
+        if not job.ended_by[outcome]:
+            del job.ended_by[outcome]
+        job.kept.pop(index, None)
+        if (job.id, index) in state.recent:
+            _drop_recent(state, (job.id, index))
+        waits = TaskState.WAITING if kept.item.deps else TaskState.PENDING
+        task = Task(job, index, kept.item, kept.function, kept.python, waits, state.now_s)
+        task.attempt, task.ordinal = kept.attempt, kept.ordinal
+        job.tasks[index] = task
+        if kept.item.deps:
+            state.loose.append(task)
+        else:
+            queue(state, task)
 
 
 def _release_values(state: State, task: Task) -> None:
@@ -539,8 +615,11 @@ def ack_events(state: State, job: Job, cursor: int) -> None:
     if job.spec.detached or count <= 0:
         return
     for end in job.ends[:count]:
-        del job.kept[end.index]
-        _remember(state, (job.id, end.index), end)
+        if job.kept.get(end.index) is end:
+            del job.kept[end.index]
+            _remember(state, (job.id, end.index), end)
+        elif end.result is not None and end.result.blob is not None:
+            release_blob(state, end.result.blob)  # another took its place
     del job.ends[:count]
     job.base = job.acked
 

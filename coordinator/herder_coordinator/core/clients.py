@@ -10,17 +10,19 @@ from typing import Literal
 
 from herder_coordinator.core import apply, events, lease, records
 from herder_coordinator.core.ends import end_cancelled
-from herder_coordinator.core.state import Client, Feed, Job, State, Task
+from herder_coordinator.core.state import OUTCOMES, Client, Feed, Job, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import BlobId, Incarnation, JobId
-from herder_shared.states import AgentState, TaskState
-from herder_shared.wire.messages import CancelOk, Function, Notice, Refused, SubmitOk, TaskItem
+from herder_shared.states import AgentState, Outcome, TaskState
+from herder_shared.wire.messages import Answer, CancelOk, Function, Notice, Refused, SubmitOk, TaskItem, TasksReset
 
 #: Jobs that one owner may have at a time which have not been forgotten.
 JOBS_MAX = 100_000
 #: Ended detached jobs, whose results nobody need ever have asked for; beyond this the oldest are given up.
 DETACHED_KEPT_MAX = limits.ENDED_JOBS_MAX
+#: Indices in one `TasksReset`: about 5 bytes each.
+RESET_INDICES_MAX = 20_000
 
 Refusal = Literal["JobNotFound", "RemoteProtocolError", "Unauthorized", "PayloadTooLarge", "DataLost"]
 
@@ -121,9 +123,11 @@ def forget_if_over(turn: Turn, job: Job) -> None:
     if job.ended < job.count or not job.closed or job.spec.detached:
         return
     gone = job.forget_s is not None and turn.state.now_s >= job.forget_s
+    client = turn.state.clients.get(job.client)
+    if job.spent and not gone and client is not None and client.session and client.attempt is None:
+        return  # it may ask for its failed tasks to be run again, as long as it is there
     if gone or job.acked >= job.cursor:
         turn.forget(job)
-        client = turn.state.clients.get(job.client)
         if gone and client is not None and not client.session and not client.jobs:
             apply.drop_client(turn.state, client)
 
@@ -266,6 +270,45 @@ def cancel(turn: Turn, job: Job, indices: tuple[int, ...] | None, running: bool)
             turn.cancel(task.node, task.attempt, waiting_only=not task.cancel)
 
 
+def retry_requested(turn: Turn, event: events.RetryRequested) -> None:
+    """Run the job's failed tasks again. Asked twice, the second time finds none that has failed."""
+    job = turn.state.jobs.get(event.job)
+    client = turn.state.clients.get(event.client)
+    error = message = ""
+    if job is None:
+        error = "JobNotFound"
+        message = (
+            f"there is no job {event.job}, or it has been forgotten: failed tasks are kept while the client that "
+            "submitted them is there, and those of detached jobs"
+        )
+    elif client is None or (job.client != event.client and job.owner != client.owner):
+        error, message = "Unauthorized", f"job {job.id} belongs to {job.owner!r}"
+    elif job.cancelled:
+        error, message = "HerderError", f"job {job.id} was cancelled: what had not ended by then will not be run"
+    if job is None or error:
+        turn.to_client(event.client, Answer(event.number, error=error, message=message))
+        return
+    indices = tuple(sorted(index for index in job.spent if _may_run_again(job, index)))
+    if indices:
+        turn.record(records.TasksReset(job.id, indices))
+        apply.reset_tasks(turn.state, job, indices)
+        job.forget_s = None
+        turn.wake = True
+        for incarnation in job.feeds:
+            _tell_reset(turn, job, incarnation, indices)
+    turn.to_client(event.client, Answer(event.number, count=len(indices)))
+
+
+def _tell_reset(turn: Turn, job: Job, incarnation: Incarnation, indices: tuple[int, ...]) -> None:
+    for first in range(0, len(indices), RESET_INDICES_MAX):
+        turn.to_client(incarnation, TasksReset(job.id, indices[first : first + RESET_INDICES_MAX]))
+
+
+def _may_run_again(job: Job, index: int) -> bool:
+    """At most once means: not even when asked to, if nobody knows how its last attempt ended."""
+    return job.spec.options.idempotent or OUTCOMES[job.outcomes[index]] is not Outcome.LOST
+
+
 # --- what ended ------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +340,9 @@ def attached(turn: Turn, event: events.Attached) -> None:
         client.jobs[job.id] = None
         _acked(turn, job, cursor)
     turn.pump(job, event.client, feed)
+    if job.resets:
+        anew = {end.index for end in job.ends if not job.outcomes[end.index]}
+        _tell_reset(turn, job, event.client, tuple(sorted(anew)))
 
 
 def events_acked(turn: Turn, event: events.EventsAcked) -> None:

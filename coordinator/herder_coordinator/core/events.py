@@ -81,6 +81,15 @@ class CancelRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class RetryRequested:
+    """`number` is the question's."""
+
+    client: Incarnation
+    number: int
+    job: JobId
+
+
+@dataclass(frozen=True, slots=True)
 class Attached:
     client: Incarnation
     job: JobId
@@ -181,6 +190,7 @@ Event = (
     | TasksSubmitted
     | JobClosed
     | CancelRequested
+    | RetryRequested
     | Attached
     | EventsAcked
     | AgentConnected

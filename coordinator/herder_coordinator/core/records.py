@@ -62,6 +62,13 @@ class JobClosed(_Record, frozen=True):
     job: JobId
 
 
+class TasksReset(_Record, frozen=True):
+    """These failed tasks begin anew, with new accounts."""
+
+    job: JobId
+    indices: tuple[int, ...]
+
+
 class CancelRequested(_Record, frozen=True):
     job: JobId
     indices: tuple[int, ...] | None
@@ -156,6 +163,7 @@ class JobRestored(_Record, frozen=True):
     age_s: float = 0.0
     attempt: AttemptId | None = None
     depth: int = 0
+    resets: int = 0
 
 
 class TasksRestored(_Record, frozen=True):
@@ -183,6 +191,22 @@ class EndsRemembered(_Record, frozen=True):
 
     job: JobId
     ends: tuple[TaskEnd, ...]
+
+
+class SpentTask(_Part, frozen=True):
+    index: int
+    item: TaskItem
+    function: BlobId | None
+    python: str
+    attempt: AttemptId
+    ordinal: int
+
+
+class SpentKept(_Record, frozen=True):
+    """Failed tasks which can be run again, if somebody asks for that."""
+
+    job: JobId
+    tasks: tuple[SpentTask, ...]
 
 
 class DependencyKept(_Record, frozen=True):
@@ -214,6 +238,7 @@ Record = (
     | FunctionsDropped
     | TasksSubmitted
     | JobClosed
+    | TasksReset
     | CancelRequested
     | AttemptsAssigned
     | TasksRetried
@@ -226,6 +251,7 @@ Record = (
     | TasksRestored
     | EndsRestored
     | EndsRemembered
+    | SpentKept
     | DependencyKept
     | CancelKept
     | JobSummarized
@@ -239,6 +265,7 @@ RESTORED = (
     TasksRestored,
     EndsRestored,
     EndsRemembered,
+    SpentKept,
     DependencyKept,
     JobSummarized,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from herder_coordinator.core import apply, records, views
-from herder_coordinator.core.state import OUTCOMES, Feed, State, Task
+from herder_coordinator.core.state import OUTCOMES, Feed, Spent, State, Task
 from herder_shared.ids import JobId
 from herder_shared.states import TaskState
 
@@ -36,6 +36,9 @@ def replay(state: State, record: records.Record) -> None:
                 tasks=record.tasks,
                 python=record.python,
             )
+            settle_loose(state)
+        case records.TasksReset():
+            apply.reset_tasks(state, state.jobs[record.job], record.indices)
             settle_loose(state)
         case records.CancelRequested():
             apply.cancel_tasks(state.jobs[record.job], record.indices, record.running)
@@ -113,6 +116,7 @@ def _apply_restored(
     | records.TasksRestored
     | records.EndsRestored
     | records.EndsRemembered
+    | records.SpentKept
     | records.DependencyKept
     | records.CancelKept
     | records.JobSummarized,
@@ -121,6 +125,7 @@ def _apply_restored(
         case records.JobRestored():
             job = apply.open_job(state, record.client, record.owner, record.spec, record.attempt, record.depth)
             job.base = job.acked = record.cursor
+            job.resets = record.resets
             job.feeds[record.client] = Feed(record.cursor, record.cursor)
             job.closed, job.cancelled, job.opened_s = record.closed, record.cancelled, state.now_s - record.age_s
         case records.TasksRestored():
@@ -129,12 +134,17 @@ def _apply_restored(
             job = state.jobs[record.job]
             for end in record.ends:
                 job.ends.append(end)
-                job.kept[end.index] = end
+                if job.outcomes[end.index]:  # else it begins anew
+                    job.kept[end.index] = end
                 if end.result is not None and end.result.blob is not None:
                     apply.use_blob(state, end.result.blob)
         case records.EndsRemembered():
             for end in record.ends:
                 apply.remember(state, record.job, end)
+        case records.SpentKept():
+            for one in record.tasks:
+                spent = Spent(one.item, one.function, one.python, one.attempt, one.ordinal)
+                apply.keep_spent(state, state.jobs[record.job], one.index, spent)
         case records.DependencyKept():
             state.restored_values[record.job, record.index] = record.value
         case records.CancelKept():

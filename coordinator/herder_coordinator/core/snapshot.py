@@ -61,10 +61,25 @@ def _job(state: State, job: Job) -> Iterator[Record]:
         age_s=max(0.0, state.now_s - job.opened_s),
         attempt=client.attempt if client is not None else None,
         depth=job.depth,
+        resets=job.resets,
     )
     yield from _tasks(job)
     for first in range(0, len(job.ends), limits.BATCH_TASKS_MAX):
         yield records.EndsRestored(job.id, tuple(job.ends[first : first + limits.BATCH_TASKS_MAX]))
+    yield from _spent(job)
+
+
+def _spent(job: Job) -> Iterator[Record]:
+    part: list[records.SpentTask] = []
+    size_bytes = 0
+    for index, one in job.spent.items():
+        part.append(records.SpentTask(index, one.item, one.function, one.python, one.attempt, one.ordinal))
+        size_bytes += len(one.item.args.inline)
+        if len(part) >= PART_TASKS_MAX or size_bytes >= PART_BYTES_MAX:
+            yield records.SpentKept(job.id, tuple(part))
+            part, size_bytes = [], 0
+    if part:
+        yield records.SpentKept(job.id, tuple(part))
 
 
 _Kind = tuple[BlobId | None, str]

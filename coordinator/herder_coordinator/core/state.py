@@ -218,6 +218,18 @@ class Feed:
     paused: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What is kept of a failed task, so that it can be run again when somebody asks for that."""
+
+    item: TaskItem
+    function: BlobId | None
+    python: str
+    #: Its last attempt, and how many it had: later ones are told from these.
+    attempt: AttemptId = NO_ATTEMPT
+    ordinal: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     spec: JobSpec
@@ -247,6 +259,9 @@ class Job:
     kept: dict[int, TaskEnd] = field(default_factory=dict)
     #: Below this the client has acknowledged (a detached job's records stay all the same).
     acked: int = 0
+    #: Failed tasks, as far as there was room (`State.spent_bytes`); and how many that had ended were begun anew.
+    spent: dict[int, Spent] = field(default_factory=dict)
+    resets: int = 0
     feeds: dict[Incarnation, Feed] = field(default_factory=dict)
     #: Its client is gone for good: forgotten at this time, if all has ended.
     forget_s: float | None = None
@@ -427,6 +442,8 @@ class State:
     #: Acknowledged terminal records, for logs and for dependants that come late; bounded in bytes.
     recent: dict[TaskKey, TaskEnd] = field(default_factory=dict)
     recent_bytes: int = 0
+    #: Of all jobs' `spent`.
+    spent_bytes: int = 0
     #: From a snapshot, until the replay is over.
     restored_values: dict[TaskKey, Payload] = field(default_factory=dict)
     #: We stood still for long: until then a closed connection does not mean that the agent is dead.
@@ -485,7 +502,8 @@ def _check_job(state: State, job: Job) -> None:
     assert job.ended == job.count - job.outcomes.count(0) == sum(job.ended_by.values())
     assert job.pending == sum(chunk.left for chunk in job.chunks)
     assert job.pending + len(job.tasks) + job.ended == job.count, f"a task of {job.id} is nowhere, or twice"
-    assert job.cursor == job.ended, "each ended task has one terminal record"
+    assert job.cursor == job.ended + job.resets, "each ended task has one terminal record, and one each time before"
+    assert all(job.outcomes[index] for index in job.spent)
     assert job.dead == sum(1 for chunk in job.chunks if not chunk.left)
     for chunk in job.chunks:
         assert chunk.left == sum(1 for item in chunk.tasks if item is not None)

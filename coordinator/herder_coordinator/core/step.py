@@ -77,6 +77,8 @@ def _take_in(turn: Turn, event: events.Event) -> None:
             clients.job_closed(turn, event)
         case events.CancelRequested():
             clients.cancel_requested(turn, event)
+        case events.RetryRequested():
+            clients.retry_requested(turn, event)
         case events.Attached():
             clients.attached(turn, event)
         case events.AgentConnected():

@@ -138,6 +138,8 @@ class Clients:
                 raise_event(events.JobClosed(name, message.job, message.count))
             case m.CancelTasks():
                 raise_event(events.CancelRequested(name, message.job, message.indices, message.running))
+            case m.RetryFailed():
+                raise_event(events.RetryRequested(name, message.id, message.job))
             case m.Attach():
                 raise_event(events.Attached(name, message.job, message.cursor))
             case m.Goodbye():

@@ -529,6 +529,13 @@ class Query(_Message, frozen=True):
     index: int | None = None
 
 
+class RetryFailed(_Message, frozen=True):
+    """Run the job's failed tasks again, with new accounts. Answered with how many they are."""
+
+    id: int
+    job: JobId
+
+
 class DrainNode(_Message, frozen=True):
     """Admin: empty a node (`on`), or use it again."""
 
@@ -580,6 +587,14 @@ class TasksEnded(_Message, frozen=True):
     job: JobId
     cursor: int
     ends: tuple[TaskEnd, ...]
+
+
+class TasksReset(_Message, frozen=True):
+    """These tasks had ended and will end once more: they are run again, as somebody asked for. A terminal record that
+    comes for a task which has one replaces it, whether this was heard or not."""
+
+    job: JobId
+    indices: tuple[int, ...]
 
 
 class CancelOk(_Message, frozen=True):
@@ -654,7 +669,7 @@ class StatusInfo(_Part, frozen=True):
 
 
 class Answer(_Message, frozen=True):
-    """The answer to a `Query`, `DrainNode` or `ShutDown`. One of the fields is set, or `error` and `message`."""
+    """The answer to a `Query`, `RetryFailed`, `DrainNode` or `ShutDown`. One field is set, or `error` and `message`."""
 
     id: int
     nodes: tuple[NodeInfo, ...] | None = None
@@ -665,6 +680,8 @@ class Answer(_Message, frozen=True):
     logs: Logs | None = None
     error: str = ""
     message: str = ""
+    #: Of `RetryFailed`.
+    count: int | None = None
 
 
 # --- coordinator to agent --------------------------------------------------------------------------------------------
@@ -809,6 +826,7 @@ ClientToCoordinator = (
     | Attach
     | AckEvents
     | Query
+    | RetryFailed
     | DrainNode
     | ShutDown
     | Goodbye
@@ -821,6 +839,7 @@ CoordinatorToClient = (
     | SubmitRefused
     | TasksStarted
     | TasksEnded
+    | TasksReset
     | CancelOk
     | Notice
     | Answer

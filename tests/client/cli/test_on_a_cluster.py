@@ -136,6 +136,15 @@ def test_one_task_of_a_job_is_cancelled(shell: Shell) -> None:
     assert shell.json("wait", job, "--timeout", "30", status=1)["outcomes"] == {"cancelled": 1, "succeeded": 1}
 
 
+def test_failed_tasks_are_run_again(shell: Shell, tmp_path: Path) -> None:
+    job = shell.json("submit", "--detach", "--", "test", "-e", str(tmp_path / "there"))["job"]
+    assert shell.json("wait", job, "--timeout", "30", status=1)["outcomes"] == {"failed": 1}
+    (tmp_path / "there").touch()
+    assert shell.json("retry", job) == {"job": job, "retried": 1}
+    assert shell.json("wait", job, "--timeout", "30")["outcomes"] == {"succeeded": 1}
+    assert "has failed" in shell.run("retry", job).stdout
+
+
 def test_ctrl_c_cancels_what_is_waited_for(shell: Shell, tmp_path: Path) -> None:
     started = tmp_path / "started"
     process = shell.start("submit", "--wait", "--name", "endless", "--", f"touch {started}; sleep 600")
