@@ -22,6 +22,7 @@ ONE_OF_EACH: list[records.Record] = [
     records.FunctionsDropped((BlobId("f"),)),
     records.TasksSubmitted(JOB, 0, None, (TaskItem(Payload(b"args"), ((JOB, 1),)),), "3.11/3.1"),
     records.JobClosed(JOB),
+    records.TasksReset(JOB, (3,)),
     records.CancelRequested(JOB, (1, 2), running=True),
     records.AttemptsAssigned(
         NodeName("n1"), Incarnation("i1"), (records.Assignment(JOB, 0, AttemptId(7, 1), 1, fresh=True),)
@@ -36,6 +37,7 @@ ONE_OF_EACH: list[records.Record] = [
     records.TasksRestored(JOB, 0, None, (None, TaskItem(Payload(b"args"))), "", b"\1\0"),
     records.EndsRestored(JOB, (END,)),
     records.EndsRemembered(JOB, (END,)),
+    records.SpentKept(JOB, (records.SpentTask(3, TaskItem(Payload(b"args")), None, "", AttemptId(7, 1), 1),)),
     records.DependencyKept(JOB, 1, Payload(b"value")),
     records.CancelKept(JOB, (1,), running=False),
     records.JobSummarized(JobInfo(JOB, "digits", "me", "auto", "done", {TaskState.ENDED: 3})),
