@@ -23,13 +23,14 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
+from herder_agent.runtime.kernel_files import read_again, read_small
+
 _log = logging.getLogger("herder.agent")
 
 #: A group with more than this still charged (file pages, a lasting process's memory) is not used again: its next peak
 #: would count it.
 _SLACK_BYTES = 1 << 20
 _KILL_ROUNDS_MAX = 16
-_READ_BYTES = 64 * 1024
 _OWN_FOLDER = re.compile(r"herder-(\d+)-\w+")
 _IO_FIELD = re.compile(rb"([rw])bytes=(\d+)")
 
@@ -110,7 +111,7 @@ class Group(ABC):
     def processes(self) -> set[int]:
         """Who is in it now. Of several folders the first is entered first, and none is left before the others."""
         # Not by a descriptor that is kept: version 1 shows the same list on it for a while.
-        return {int(word) for word in _read(self._distinct[0] / "cgroup.procs").split()}
+        return {int(word) for word in read_small(self._distinct[0] / "cgroup.procs").split()}
 
     def kill(self) -> set[int]:
         """SIGKILL to all that is in it; returns who has not gone yet. They cannot escape by forking: the kernel kills
@@ -141,9 +142,9 @@ class Group(ABC):
         try:
             if fd is None:
                 fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return os.pread(fd, _READ_BYTES, 0)
         except OSError:
             return b""
+        return read_again(fd)
 
     @abstractmethod
     def usage_bytes(self) -> int:
@@ -482,11 +483,11 @@ def probe(wanted: str) -> Groups:
 def own_folders(cgroup: str = "/proc/self/cgroup", mountinfo: str = "/proc/self/mountinfo") -> dict[str, Path]:
     """Our groups' folders: by controller those of version 1, under "" that of version 2. Only what is mounted."""
     paths: dict[str, str] = {}
-    for line in _read(Path(cgroup)).decode("utf-8", "replace").splitlines():
+    for line in read_small(cgroup).decode("utf-8", "replace").splitlines():
         _, controllers, path = line.split(":", 2)
         paths.update(dict.fromkeys(controllers.split(","), path))
     found: dict[str, Path] = {}
-    for line in _read(Path(mountinfo)).decode("utf-8", "replace").splitlines():
+    for line in read_small(mountinfo).decode("utf-8", "replace").splitlines():
         left, _, right = line.partition(" - ")
         root, point = left.split()[3:5]
         kind, _, options = right.split(" ", 2)
@@ -545,20 +546,6 @@ def _fields(text: bytes) -> dict[bytes, int]:
 def _number(text: bytes) -> int:
     text = text.strip()
     return int(text) if text.isdigit() else 0
-
-
-def _read(path: Path) -> bytes:
-    """What is in a small file; nothing when it is not there, or a group is gone."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        return os.read(fd, _READ_BYTES)
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
 
 
 def _write(path: Path, text: str) -> None:

@@ -13,10 +13,11 @@ import os
 import signal
 from pathlib import Path
 
+from herder_agent.runtime.kernel_files import read_again, read_small
+
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_LIST_BYTES = 1 << 16
 
 
 def become_subreaper() -> None:
@@ -73,7 +74,7 @@ class Reaper:
         os.close(self._fd)
 
     def _children(self) -> set[int]:
-        text = os.pread(self._fd, _LIST_BYTES, 0)
+        text = read_again(self._fd)
         return set(map(int, text.split())) if text else set()
 
 
@@ -107,7 +108,7 @@ def _children_of(pid: int) -> list[int]:
     """Children of all threads of `pid`."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
-        texts = [_read(f"/proc/{pid}/task/{thread}/children") for thread in threads]
+        texts = [read_small(f"/proc/{pid}/task/{thread}/children") for thread in threads]
     except OSError:
         return []
     return [int(child) for text in texts for child in text.split()]
@@ -115,7 +116,7 @@ def _children_of(pid: int) -> list[int]:
 
 def anon_bytes(pid: int) -> int:
     """RssAnon of one process: resident pages that are neither of files nor shared. 0 when it is gone."""
-    text = _read(f"/proc/{pid}/statm")
+    text = read_small(f"/proc/{pid}/statm")
     if not text:
         return 0
     fields = text.split(None, 3)
@@ -125,7 +126,7 @@ def anon_bytes(pid: int) -> int:
 def own_bytes(pid: int) -> int:
     """RssAnon and RssShmem of one process: all its resident memory but pages of files. 0 when it is gone."""
     kib = 0
-    for line in _read(f"/proc/{pid}/status").splitlines():
+    for line in read_small(f"/proc/{pid}/status").splitlines():
         if line.startswith((b"RssAnon:", b"RssShmem:")):
             kib += int(line.split()[1])
     return kib * 1024
@@ -145,29 +146,16 @@ def tree_of(pid: int) -> tuple[int, int]:
             continue
         tasks += len(threads)
         for thread in threads:
-            pending.extend(int(child) for child in _read(f"/proc/{each}/task/{thread}/children").split())
+            pending.extend(int(child) for child in read_small(f"/proc/{each}/task/{thread}/children").split())
     return anonymous, tasks
 
 
 def oom_kills() -> int:
     """How many processes the kernel has killed for want of memory since it started, anywhere on the machine."""
-    for line in _read("/proc/vmstat").splitlines():
+    for line in read_small("/proc/vmstat").splitlines():
         if line.startswith(b"oom_kill "):
             return int(line.split()[1])
     return 0
-
-
-def _read(path: str) -> bytes:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        return os.read(fd, _LIST_BYTES)
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
 
 
 def kill_stale(marker: str) -> int:
@@ -180,7 +168,7 @@ def kill_stale(marker: str) -> int:
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
-        if wanted in b"\0" + _read(f"/proc/{entry.name}/environ") + b"\0":
+        if wanted in b"\0" + read_small(f"/proc/{entry.name}/environ") + b"\0":
             _kill(int(entry.name))
             killed += 1
     return killed
@@ -188,5 +176,5 @@ def kill_stale(marker: str) -> int:
 
 def shared_bytes(pid: int) -> int:
     """Resident pages of one process that are of files or shared. 0 when it is gone."""
-    text = _read(f"/proc/{pid}/statm")
+    text = read_small(f"/proc/{pid}/statm")
     return int(text.split(None, 3)[2]) * _PAGE_BYTES if text else 0
