@@ -380,7 +380,8 @@ class Client(View):
     """A connection with a cluster, as a `concurrent.futures.Executor`.
 
     Args:
-        address: "tls://host:7711" or "host:port"; None: what the profile says.
+        address: "tls://host:7711" or "host:port", or several of them with commas between (coordinators that stand by
+            for each other); None: what the profile says.
         profile: its name, or a `Profile`; None: `$HERDER_PROFILE`, else the active one.
         reconnect_timeout: seconds for which a lost connection is waited for before futures end with `Unreachable`;
             None: for ever.
@@ -551,7 +552,7 @@ def _close_lanes(connection: Connection, lanes: dict[tuple[Options, Kind], _Lane
 
 def _endpoint(address: str | None, profile: str | Profile | None) -> Endpoint:
     found = profile if isinstance(profile, Profile) else load_profile(profile)
-    texts = (address,) if address is not None else found.addresses
+    texts = tuple(text.strip() for text in address.split(",")) if address is not None else found.addresses
     if not texts:
         raise ConfigError(
             f"the profile {found.name!r} has no address of a coordinator: start one with `herder up`, or pass "

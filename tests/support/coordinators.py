@@ -243,11 +243,21 @@ def chunks(content: bytes, size_bytes: int) -> list[m.PutBlob]:
 class Process:
     """`python -m herder_coordinator`. The lifeline's writing end is ours: when we die, it ends."""
 
-    def __init__(self, process: subprocess.Popen[bytes], hello: dict[str, Any], lifeline: int, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], hello_fd: int, lifeline: int, log: Path) -> None:
         self.process = process
-        self.hello = hello
+        self.hello: dict[str, Any] = {}
         self.log = log
+        self._hello = os.fdopen(hello_fd)
         self._lifeline: int | None = lifeline
+
+    def await_hello(self) -> None:
+        """Wait until it is ready."""
+        line = self._hello.readline()
+        assert line, f"the coordinator did not start:\n{self.log.read_text()}"
+        self.hello = json.loads(line)
+
+    def close(self) -> None:
+        self._hello.close()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -276,12 +286,23 @@ def start_arguments(config: CoordinatorConfig) -> list[str]:
     arguments = [sys.executable, "-m", "herder_coordinator"]
     for name in ("identity", "state_dir", "listen", "http_listen"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    for name in ("store", "blob_dir"):
+        if getattr(config, name):
+            arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return arguments
 
 
 @contextlib.contextmanager
-def coordinator_process(config: CoordinatorConfig, *more: str) -> Iterator[Process]:
+def coordinator_process(config: CoordinatorConfig, *more: str, **environ: str) -> Iterator[Process]:
     """A real coordinator, ready. Killed on leaving if it still runs."""
+    with coordinator_starting(config, *more, **environ) as started:
+        started.await_hello()
+        yield started
+
+
+@contextlib.contextmanager
+def coordinator_starting(config: CoordinatorConfig, *more: str, **environ: str) -> Iterator[Process]:
+    """The same, but it may not be ready for a long time."""
     hello_read, hello_write = os.pipe()
     life_read, life_write = os.pipe()
     log = config.state_dir.parent / "coordinator.log"
@@ -291,15 +312,14 @@ def coordinator_process(config: CoordinatorConfig, *more: str) -> Iterator[Proce
             pass_fds=(hello_write, life_read),
             stdin=subprocess.DEVNULL,
             stderr=stream,
+            env={**os.environ, **environ},
         )
     os.close(hello_write)
     os.close(life_read)
-    with os.fdopen(hello_read) as pipe:
-        line = pipe.readline()
-    assert line, f"the coordinator did not start:\n{log.read_text()}"
-    started = Process(process, json.loads(line), life_write, log)
+    started = Process(process, hello_read, life_write, log)
     try:
         yield started
     finally:
         started.kill()
         started.cut_lifeline()
+        started.close()

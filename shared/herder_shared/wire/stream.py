@@ -329,6 +329,8 @@ class Dialler:
         self._scope: asyncio.Timeout | None = None
         self._stopped: asyncio.Future[None] | None = None
         self._is_closing = False
+        #: Where there was a link last: dialled first.
+        self._first = 0
 
     @property
     def link(self) -> Link | None:
@@ -387,14 +389,17 @@ class Dialler:
             backoff_s = min(backoff_s * 2, self._backoff_s_max)
 
     async def _dial_all(self) -> tuple[HerderError, float]:
-        """Try each address once, until one gave a link which then ended: why, and for how long there was a link.
+        """Try each address once, until one gave a link which then ended: why, and for how long there was a link. The
+        one that served last comes first: where others are dead, a restart costs no time with them.
 
         Where every address failed: the error that is not worth another try, unless another address may be merely away.
         """
         errors: list[HerderError] = []
-        for host, port in self.addresses:
-            error, linked_s = await self._dial(host, port)
+        count = len(self.addresses)
+        for number in [(self._first + n) % count for n in range(count)]:
+            error, linked_s = await self._dial(*self.addresses[number])
             if linked_s:
+                self._first = number
                 return error, linked_s
             errors.append(error)
         return next((error for error in errors if is_worth_another_try(error)), errors[0]), 0.0
