@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from coordinator.server.conftest import Run
 from herder_coordinator.journal import postgres
 from herder_coordinator.journal.interface import JournalError, JournalFenced, StandbyEnded
+from herder_coordinator.journal.store import Base
 from herder_shared.config import CoordinatorConfig
 from herder_shared.errors import ConfigError
 from herder_shared.ids import Incarnation
@@ -139,19 +141,20 @@ def test_a_standby_that_is_told_to_end_ends(authority: Authority, tmp_path: Path
 def test_a_holder_of_an_older_epoch_writes_nothing_even_with_a_session(database: str, tmp_path: Path) -> None:
     """The fence is the row, not the lock."""
     old = postgres.PostgresStore.open(database, CLUSTER)
-    other = postgres.psycopg.connect(database, autocommit=True)
+    other = psycopg.connect(database, autocommit=True)
     with other:
         other.execute("UPDATE herder.leader SET epoch = epoch + 1")
-    for write in (
+    writes: list[Callable[[], None]] = [
         lambda: old.insert([(1, b"late")]),
         lambda: old.add_parts([(1, b"late")]),
-        lambda: old.adopt(postgres.Base(1, 1, 1)),
-    ):
+        lambda: old.adopt(Base(1, 1, 1)),
+    ]
+    for write in writes:
         with pytest.raises(JournalFenced, match="another coordinator has taken over"):
             write()
     old.close(has_failed=True)
     new = postgres.PostgresStore.open(database, CLUSTER)
-    assert (new.epoch, new.batches(0), new.base) == (3, [], postgres.Base())
+    assert (new.epoch, new.batches(0), new.base) == (3, [], Base())
     new.close(has_failed=False)
 
 
@@ -174,7 +177,7 @@ def test_a_database_that_restarts_ends_the_holder_and_not_the_standby(database: 
 
 
 def end_sessions(url: str) -> None:
-    with postgres.psycopg.connect(url, autocommit=True) as other:
+    with psycopg.connect(url, autocommit=True) as other:
         other.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
