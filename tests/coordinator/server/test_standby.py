@@ -22,7 +22,6 @@ from herder_shared.errors import ConfigError
 from herder_shared.ids import Incarnation
 from herder_shared.wire import messages as m
 from support.coordinators import (
-    CLUSTER,
     JOB,
     Peer,
     agent_of,
@@ -35,7 +34,7 @@ from support.coordinators import (
     submission,
 )
 from support.leaks import wait_until
-from support.links import Authority, Client, running
+from support.links import CLUSTER, Authority, Client, running
 
 LEASE_S = 4.0
 
