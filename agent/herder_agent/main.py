@@ -25,7 +25,7 @@ from herder_agent.metrics import Exposition, MetricsServer, NodeCollector, own_v
 from herder_agent.runtime import host, reap
 from herder_agent.runtime.environments import marker
 from herder_agent.runtime.loop import AgentLoop, Place
-from herder_shared.config import AgentConfig, default_state_dir, load_config, parse_address, parse_bytes
+from herder_shared.config import AgentConfig, default_state_dir, load_config, parse_address, parse_bytes, parse_walltime
 from herder_shared.errors import ConfigError, HerderError
 from herder_shared.ids import ClusterId, Incarnation, NodeName
 from herder_shared.limits import PROTOCOL_VERSION
@@ -58,6 +58,8 @@ class Agent:
         self._cpus = cpus
         self._memory_bytes = parse_bytes(config.memory) if config.memory else host.memory_total_bytes()
         self._metrics: MetricsServer | None = None
+        #: When the machine is no longer ours, by our own clock.
+        self._end_s = _end_s(config, time.monotonic(), time.time())
 
     async def run(self) -> None:
         """Until SIGTERM, SIGINT, the end of the lifeline, or the coordinator's word.
@@ -158,6 +160,7 @@ class Agent:
             state_dir=str(self._config.state_dir),
             metrics_listen="{}:{}".format(*metrics.address) if metrics is not None else "",
             limits=self._agent.groups.reason,
+            ends_in_s=max(0.0, self._end_s - time.monotonic()) if self._end_s is not None else None,
         )
         return Hello(
             protocol=PROTOCOL_VERSION,
@@ -212,6 +215,14 @@ class Agent:
             self._metrics = MetricsServer(address, port, ask)
         except OSError as error:
             raise ConfigError(f"metrics_listen {listen!r} cannot be had: {error}; choose another port") from error
+
+
+def _end_s(config: AgentConfig, now_s: float, wall_s: float) -> float | None:
+    """When it is over, on the clock of `now_s`: by `walltime`, by `ends_at`, or by the sooner of both."""
+    ends = [now_s + parse_walltime(config.walltime)] if config.walltime is not None else []
+    if config.ends_at is not None:
+        ends.append(now_s + config.ends_at - wall_s)
+    return min(ends, default=None)
 
 
 def python_tag() -> str:
@@ -305,6 +316,8 @@ def run(config: AgentConfig) -> None:
 @click.option("--pin/--no-pin", default=None, help="Pin tasks to the CPUs of their slots.")
 @click.option("--cgroup", help="auto, off, or a folder of control groups v2 that is the agent's own.")
 @click.option("--pids", type=click.IntRange(1), help="Processes and threads of one task, where it does not say.")
+@click.option("--walltime", help="For how long the machine is ours: seconds, or [[days-]hours:]minutes:seconds.")
+@click.option("--ends-at", type=float, help="When it stops being ours, in seconds since 1970 ($SLURM_JOB_END_TIME).")
 @click.option("--hello-fd", type=int, help="Write one JSON line there when connected.")
 @click.option("--lifeline-fd", type=int, help="End at once when this descriptor ends.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))

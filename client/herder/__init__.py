@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Client": "herder.client",
     "Completed": "herder.completed",
+    "Explanation": "herder.explaining",
     "Future": "herder.futures",
     "Job": "herder.jobs",
     "JobProgress": "herder.jobs",
@@ -51,6 +52,7 @@ _HOME.update(dict.fromkeys(_ERRORS, "herder_shared.errors"))
 if TYPE_CHECKING:
     from herder.client import Client as Client
     from herder.completed import Completed as Completed
+    from herder.explaining import Explanation as Explanation
     from herder.futures import Future as Future
     from herder.in_task import current_client as current_client
     from herder.in_task import shared as shared

@@ -22,6 +22,7 @@ from herder_shared.wire.messages import Query
 
 if TYPE_CHECKING:
     from herder.connection import Connection
+    from herder.explaining import Explanation
     from herder.tracks import Track
     from herder_shared.ids import JobId, NodeName
     from herder_shared.wire.messages import TaskEnd, Usage
@@ -176,6 +177,16 @@ class Future(concurrent.futures.Future[T], Generic[T]):
         job, index = self._track.job, self.index
         answer = self._connection.ask(lambda number: Query(number, "logs", job, index))
         return logs_of(answer.logs) if answer.logs is not None else TaskLogs()
+
+    def explain(self) -> Explanation:
+        """Why the task waits, runs where it runs, or ended as it did, as the cluster knows now; `str()` of it is text.
+
+        Raises:
+            Unreachable, JobNotFound: it cannot be asked, or the task has been forgotten.
+        """
+        from herder.explaining import ask
+
+        return ask(self._connection, self._track.job, self.index)
 
     def __repr__(self) -> str:
         return f"<herder.Future {self.task_id} {self._state.removesuffix('_AND_NOTIFIED').lower()}>"

@@ -24,10 +24,11 @@ from herder.turnstile import Patience
 from herder_shared.errors import HerderError, JobNotFound
 from herder_shared.ids import task_id
 from herder_shared.states import Outcome
-from herder_shared.wire.messages import Query, RetryFailed, TaskEnd
+from herder_shared.wire.messages import ChangeJob, Query, RetryFailed, TaskEnd
 
 if TYPE_CHECKING:
     from herder.connection import Connection
+    from herder.explaining import Explanation
     from herder.tracks import Track
     from herder_shared.ids import NodeName
     from herder_shared.wire.messages import JobInfo, TaskInfo
@@ -486,6 +487,28 @@ class Job:
         with self._connection.following(self._track):
             answer = self._connection.ask(lambda number: RetryFailed(number, job))
         return answer.count or 0
+
+    def pause(self) -> None:
+        """Start no more of its tasks until `resume`; those that run go on. Survives restarts. Raises as `status`."""
+        self._change(paused=True)
+
+    def resume(self) -> None:
+        """Take a `pause` back. Raises as `status`."""
+        self._change(paused=False)
+
+    def set_priority(self, priority: int) -> None:
+        """From now on its tasks go before all of a lower priority. Raises as `status`."""
+        self._change(priority=priority)
+
+    def _change(self, *, paused: bool | None = None, priority: int | None = None) -> None:
+        job = self._track.job
+        self._connection.ask(lambda number: ChangeJob(number, job, paused, priority))
+
+    def explain(self, index: int) -> Explanation:
+        """Why a task waits, runs where it runs, or ended as it did; `str()` of it is text. Raises as `status`."""
+        from herder.explaining import ask
+
+        return ask(self._connection, self._track.job, index)
 
     def failures(self) -> dict[int, BaseException]:
         """Why tasks failed, by index, of those that have ended by now. Cancelled ones are not among them."""

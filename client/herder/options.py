@@ -40,6 +40,9 @@ class Options:
     tags: tuple[str, ...] = ()
     detached: bool = False
     stdout: Literal["capture", "stream", "discard"] = "capture"
+    memory_max: int | None = None
+    memory_growth: float = 2.0
+    placement: Literal["spread", "pack"] = "spread"
 
     def with_given(self, given: Mapping[str, Any]) -> Options:
         """These options with some replaced by what a user wrote.
@@ -49,7 +52,12 @@ class Options:
             ValueError: a value out of range.
         """
         check_options(given)
-        return replace(self, **{name: _CHECKS[name](name, value) for name, value in given.items()}) if given else self
+        if not given:
+            return self
+        options = replace(self, **{name: _CHECKS[name](name, value) for name, value in given.items()})
+        if options.memory_max is not None and options.memory is None:
+            raise ValueError("memory_max is how far `memory` may grow: give that as well")
+        return options
 
     def for_wire(self) -> TaskOptions:
         """What coordinator and agent need to know of them."""
@@ -69,6 +77,9 @@ class Options:
             cancel_running=self.cancel_running,
             seed=self.seed,
             stdout=self.stdout,
+            memory_max_bytes=self.memory_max or 0,
+            memory_growth=self.memory_growth,
+            placement=self.placement,
         )
 
 
@@ -186,6 +197,19 @@ def _stdout(name: str, value: Any) -> str:
     return str(value)
 
 
+def _growth(name: str, value: Any) -> float:
+    factor = _number(name, value)
+    if factor <= 1:
+        raise ValueError(f"{name}={value!r}: each attempt must get more than the last, so it must be above 1")
+    return factor
+
+
+def _placement(name: str, value: Any) -> str:
+    if value not in {"spread", "pack"}:
+        raise ValueError(f"{name} must be 'spread' or 'pack', not {value!r}")
+    return str(value)
+
+
 def _workload(name: str, value: Any) -> Workload | None:
     from herder.workload import Workload
 
@@ -214,6 +238,9 @@ _CHECKS: dict[str, Any] = {
     "tags": _texts,
     "detached": _flag,
     "stdout": _stdout,
+    "memory_max": lambda name, value: None if value is None else size_bytes(name, value),
+    "memory_growth": _growth,
+    "placement": _placement,
 }
 
 

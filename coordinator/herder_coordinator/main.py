@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ _PR_SET_DUMPABLE = 4
 @click.option("--reconnect-grace-s", type=float, help="Seconds for which a disconnected agent may be away.")
 @click.option("--disconnect-grace-s", type=float, help="Seconds after which a vanished client's jobs are cancelled.")
 @click.option("--heartbeat-s", type=float, help="Seconds between heartbeats.")
+@click.option("--share", "shares", multiple=True, metavar="OWNER=WEIGHT", help="Part of the cores; may be repeated.")
+@click.option("--share-half-life-s", type=float, help="Seconds after which what owners had counts half.")
 @click.option("--hello-fd", type=int, help="Descriptor for one line of JSON when ready.")
 @click.option("--lifeline-fd", type=int, help="Descriptor whose end of file ends the program.")
 @click.option("--repair", is_flag=True, help="Drop what is damaged of the journal, say what that was, and end.")
@@ -102,6 +104,7 @@ def _complain(error: object, status: int) -> int:
 def _load(file: Path | None, flags: dict[str, Any]) -> CoordinatorConfig:
     if flags.get("state_dir") is None and "HERDER_COORDINATOR_STATE_DIR" not in os.environ and file is None:
         flags["state_dir"] = default_state_dir(os.environ, os.getuid()) / "coordinator"
+    flags["shares"] = _weights(flags.get("shares") or ())
     config = load_config(CoordinatorConfig, file=file, environ=os.environ, prefix="COORDINATOR", flags=flags)
     try:
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,6 +112,13 @@ def _load(file: Path | None, flags: dict[str, Any]) -> CoordinatorConfig:
         raise ConfigError(f"the state folder {config.state_dir} cannot be made: {error}") from error
     check_private_folder(config.state_dir, os.getuid())
     return config
+
+
+def _weights(pairs: Sequence[str]) -> dict[str, float] | None:
+    try:
+        return {owner: float(weight) for owner, _, weight in (pair.rpartition("=") for pair in pairs)} or None
+    except ValueError as error:
+        raise ConfigError(f"--share wants OWNER=WEIGHT, as in --share ann=3: {error}") from error
 
 
 def _opener(config: CoordinatorConfig) -> Opener:

@@ -23,7 +23,16 @@ import msgspec
 from herder_shared import tls
 from herder_shared.errors import ConfigError
 from herder_shared.ids import ClusterId
-from herder_shared.limits import DISCONNECT_GRACE_S, GIB, HEARTBEAT_S, KIB, LEASE_S, MIB, RECONNECT_GRACE_S
+from herder_shared.limits import (
+    DISCONNECT_GRACE_S,
+    GIB,
+    HEARTBEAT_S,
+    KIB,
+    LEASE_S,
+    MIB,
+    RECONNECT_GRACE_S,
+    SHARE_HALF_LIFE_S,
+)
 
 #: Ports of the coordinator: its own protocol, and HTTP.
 PORT = 7711
@@ -47,6 +56,10 @@ class CoordinatorConfig(msgspec.Struct, frozen=True):
     reconnect_grace_s: float = RECONNECT_GRACE_S
     disconnect_grace_s: float = DISCONNECT_GRACE_S
     heartbeat_s: float = HEARTBEAT_S
+    #: Parts of the cores, by owner; 1 for who is not named: {"ann": 3.0} gives Ann three times as much as anyone else.
+    shares: dict[str, float] = {}
+    #: Of what owners had of the cores, half counts after this.
+    share_half_life_s: float = SHARE_HALF_LIFE_S
     #: Descriptor for one JSON line when the program is ready: {"pid","address","http","epoch","cluster","node"}.
     hello_fd: int | None = None
     #: Descriptor whose end of file ends the program at once.
@@ -80,6 +93,11 @@ class AgentConfig(msgspec.Struct, frozen=True):
     cgroup: str = "auto"
     #: Processes and threads of one attempt, where its workload does not say how many.
     pids: int = 4096
+    #: For how long the machine is ours from the agent's start on, as in a batch allocation: seconds, or as Slurm writes
+    #: it ("2-12:00:00", "90:00"). Tasks with a longer `timeout` go elsewhere; before the end the node is drained.
+    walltime: str | None = None
+    #: The same as a point in time: seconds since 1970, by this machine's clock ($SLURM_JOB_END_TIME).
+    ends_at: float | None = None
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -353,6 +371,22 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
     if match is None or port > 65535:
         raise ConfigError(f"{text!r} is not an address: expected host:port, as in head:{default_port}")
     return match["bracketed"] or match["six"] or match["host"], port
+
+
+_WALLTIME = re.compile(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", re.ASCII)
+
+
+def parse_walltime(text: str) -> float:
+    """Read "3600" (seconds), "90:00" (minutes, seconds), "12:00:00" or "2-12:00:00" as seconds.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    match = _WALLTIME.fullmatch(text.strip())
+    if match is None or (match[1] and not match[2]):
+        raise ConfigError(f"{text!r} is not a duration: expected seconds, or [[days-]hours:]minutes:seconds")
+    days, hours, minutes = (int(part or 0) for part in match.groups()[:3])
+    return days * 86_400 + hours * 3_600 + minutes * 60 + float(match[4])
 
 
 _UNITS = {

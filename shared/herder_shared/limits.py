@@ -84,6 +84,8 @@ EXPOSITION_AGE_S_MAX = 5.0
 TEMPLATE_TRIES_MAX = 3
 #: Nodes on which a task's own crashes killed its process before it is poison.
 POISON_NODES = 3
+#: A node that says when it will end (a batch allocation) takes nothing new for this long before.
+NODE_END_MARGIN_S = 30.0
 #: What owners had of the cores counts half after this: long enough that an hour's hoarding is paid back, short enough
 #: that nobody waits for long for what he did this morning.
 SHARE_HALF_LIFE_S = 600.0

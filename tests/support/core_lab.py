@@ -137,6 +137,11 @@ class Lab:
     def cancel(self, job: JobId = JOB, client: Incarnation = CLIENT, running: bool = True) -> list[effects.Effect]:
         return self.do(events.CancelRequested(client, job, None, running))
 
+    def change(
+        self, job: JobId = JOB, client: Incarnation = CLIENT, *, paused: bool | None = None, priority: int | None = None
+    ) -> list[effects.Effect]:
+        return self.do(events.JobChangeRequested(client, 7, job, paused, priority))
+
     def attempt(self, index: int = 0, job: JobId = JOB) -> AttemptId:
         return self.state.jobs[job].tasks[index].attempt
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from heapq import heappush
 
+import msgspec
+
 from herder_agent.core.effects import Effect, FetchBlobs, ReleaseBlobs, ReportEnd, SignalChild, UploadBlob
 from herder_agent.core.events import Answer, Exit
 from herder_agent.core.slots import Request
@@ -37,6 +39,8 @@ def accept(  # noqa: PLR0917 - the core's functions all take state, subject, tim
 ) -> None:
     """Queue an attempt; have its blobs fetched meanwhile."""
     options = job.options
+    if start.memory_bytes:
+        options = msgspec.structs.replace(options, memory_bytes=start.memory_bytes)
     request = Request(options.cores, options.memory_bytes, options.gpus, tuple(options.resources.items()))
     attempt = Attempt(start, workload, options, job.name, request)
     state.attempts[attempt.id] = attempt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from herder.cli.main import EXIT_FAILED
-from herder.cli.output import counted, format_duration, print_json, print_table, say, write_output
+from herder.cli.output import counted, escape_controls, format_duration, print_json, print_table, say, write_output
 from herder.cli.session import cluster_options, connected
 from herder_shared.ids import JobId, parse_task_id
 from herder_shared.states import Outcome, TaskState
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Tasks that `herder job` lists without `--all`: those that did not succeed come first.
 TASKS_SHOWN_MAX = 20
+#: Tasks of each state that `herder job --explain` explains when none is named.
+EXPLAINED_OF_EACH = 3
 
 
 @click.command()
@@ -61,13 +63,20 @@ def failed_count(info: JobInfo) -> int:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("what", metavar="ID[.TASK]")
 @click.option("--all", "show_all", is_flag=True, help="List every task.")
+@click.option("--explain", is_flag=True, help="Why tasks wait, run where they run, or ended as they did.")
 @cluster_options
-def job(job_id: str, show_all: bool, profile: str | None, as_json: bool) -> None:
-    """Show one job."""
+def job(what: str, show_all: bool, explain: bool, profile: str | None, as_json: bool) -> None:
+    """Show one job, or with --explain one task of it."""
+    job_id, index = parse_job_or_task(what)
+    if index is not None and not explain:
+        raise click.UsageError(f"herder job shows jobs: leave out .{index}, or ask for --explain")
     with connected(profile) as client:
-        found = client.job(JobId(job_id))
+        if explain:
+            explain_tasks(client.job(job_id), index, as_json=as_json)
+            return
+        found = client.job(job_id)
         info, tasks = found.status(), list(found.tasks())
     if as_json:
         print_json({"job": info, "tasks": tasks})
@@ -77,7 +86,8 @@ def job(job_id: str, show_all: bool, profile: str | None, as_json: bool) -> None
         ("name", info.name),
         ("owner", info.owner),
         ("workload", info.workload),
-        ("state", info.state),
+        ("state", f"{info.state}, paused" if info.paused else info.state),
+        ("priority", str(info.priority)),
         ("age", format_duration(info.age_s)),
         ("tasks", counted(info.counts)),
         ("ended", counted(info.outcomes)),
@@ -87,6 +97,34 @@ def job(job_id: str, show_all: bool, profile: str | None, as_json: bool) -> None
     print_table(("task", "state", "outcome", "node", ">attempts"), map(task_row, shown))
     if len(shown) < len(tasks):
         say(f"{len(tasks) - len(shown)} more tasks: herder job {info.job} --all")
+
+
+def explain_tasks(found: Job, index: int | None, *, as_json: bool) -> None:
+    """One task; or of each kind of answer the first task, with the number of those that show the same."""
+    asked = [task.index for task in telling(found.tasks())] if index is None else [index]
+    told = [found.explain(each) for each in asked]
+    if as_json:
+        print_json(told[0] if index is not None else told)
+        return
+    for each in told:
+        click.echo(escape_controls(str(each)))
+    left = found.status().tasks - len(told)
+    if index is None and left > 0:
+        say(f"{left} more tasks: herder job {found.id}.TASK --explain")
+    if not told:
+        say("the job has no tasks yet")
+
+
+def telling(tasks: Iterable[TaskInfo]) -> list[TaskInfo]:
+    """The first few of each state and outcome: those that wait first, then those that ended badly."""
+    groups: dict[tuple[int, str], list[TaskInfo]] = {}
+    for task in tasks:
+        rank = 1 if task.outcome is not None else 0
+        rank += task.outcome is Outcome.SUCCEEDED
+        kept = groups.setdefault((rank, task.outcome or task.state), [])
+        if len(kept) < EXPLAINED_OF_EACH:
+            kept.append(task)
+    return [task for key in sorted(groups) for task in groups[key]]
 
 
 def interesting(tasks: Iterable[TaskInfo]) -> list[TaskInfo]:

@@ -41,6 +41,9 @@ OWN_COMMANDS: dict[str, tuple[str, str]] = {
     "wait": ("herder.cli.jobs:wait", "Wait until a job has ended."),
     "cancel": ("herder.cli.jobs:cancel", "Cancel a job, or some of its tasks."),
     "retry": ("herder.cli.jobs:retry", "Run a job's failed tasks again."),
+    "pause": ("herder.cli.policy:pause", "Start no more tasks of a job, or on a node."),
+    "resume": ("herder.cli.policy:resume", "Let a paused job, or node, go on."),
+    "priority": ("herder.cli.policy:priority", "Give a job another priority."),
     "logs": ("herder.cli.jobs:logs", "Show what a job's tasks wrote."),
     "bench": ("herder.cli.bench.command:command", "The built-in benchmarks."),
 }

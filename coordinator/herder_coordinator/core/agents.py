@@ -7,12 +7,14 @@ none of the old one's, and a `Sync` lists all that there is.
 
 from __future__ import annotations
 
+import math
+
 from herder_coordinator.core import apply, events, lease, placement, quarantine
 from herder_coordinator.core.ends import attempt_ended, is_foreign, lost, never_arrived, note_fault
 from herder_coordinator.core.state import Node, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared.ids import AttemptId, NodeName
-from herder_shared.limits import SD_LOST_AGENT_S
+from herder_shared.limits import NODE_END_MARGIN_S, SD_LOST_AGENT_S
 from herder_shared.states import AGENT_TRANSITIONS, AgentState, Cause, TaskState
 from herder_shared.wire.messages import Drain, RunningAttempt, SyncOk
 
@@ -46,7 +48,9 @@ def connected(turn: Turn, event: events.AgentConnected) -> None:
     node.session = event.session
     node.synced = False
     node.fault = ""
-    node.draining = name in state.drained
+    node.ends_s = math.inf if event.facts.ends_in_s is None else state.now_s + event.facts.ends_in_s
+    node.is_ending = node.ends_s - state.now_s <= NODE_END_MARGIN_S
+    node.draining = name in state.drained or node.is_ending
     node.doubtful.clear()
     node.told_workloads.clear()
     node.told_jobs.clear()

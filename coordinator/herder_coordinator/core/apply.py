@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -36,13 +37,24 @@ from herder_coordinator.core.state import (
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import TASK_TRANSITIONS, AgentState, Outcome, TaskState
-from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem, WorkloadSpec
+from herder_shared.wire.messages import (
+    Function,
+    JobInfo,
+    JobSpec,
+    PastAttempt,
+    Payload,
+    TaskEnd,
+    TaskItem,
+    WorkloadSpec,
+)
 
 #: Bytes of acknowledged terminal records (their logs and values) that are kept for `herder logs` and late dependants.
 RECENT_BYTES_MAX = 64 * limits.MIB
 RECENT_ENDS_MAX = 100_000
 #: What a record costs in memory beside its bytes.
 END_OVERHEAD_BYTES = 600
+#: Attempts of a task that are remembered beside the newest.
+PAST_MAX = 8
 #: Workloads and paces of workloads that no job uses.
 WORKLOADS_KEPT_MAX = 1_000
 #: Arguments of failed tasks which are kept so that they can be run again, and what each costs beside its bytes.
@@ -147,6 +159,7 @@ def open_job(  # noqa: PLR0917
         share=share,
         owner_share=owner_share,
         depth=depth,
+        priority=options.priority,
     )
     job.queue = Queue(job, _join_group(state, key))
     job.feeds[incarnation] = Feed(0, 0)
@@ -176,6 +189,48 @@ def _leave_group(state: State, group: Group) -> None:
     if not group.users:
         del state.groups[group.key]
         reserve.release(state, group)
+
+
+def change_job(state: State, job: Job, *, paused: bool, priority: int) -> None:
+    """Whether tasks of the job may be started, and before which others."""
+    for each in job.queues:
+        _withdraw(state, each)
+    job.paused = paused
+    if priority != job.priority:
+        job.priority = priority
+        for each in job.queues:
+            left = each.group
+            each.group = _join_group(state, replace(left.key, priority=priority))
+            _leave_group(state, left)
+    for each in job.queues:
+        _enlist(state, each)
+
+
+def _enlist(state: State, queue: Queue) -> None:
+    """Have the queue take part, if it has pending tasks and its job is not paused."""
+    group = queue.group
+    if queue.pending and not queue.job.paused:
+        group.queues[queue.job.id] = queue
+        group.pending += queue.pending
+        state.busy[group.number] = group
+
+
+def _withdraw(state: State, queue: Queue) -> None:
+    group = queue.group
+    if group.queues.pop(queue.job.id, None) is not None:
+        group.pending -= queue.pending
+        if not group.pending:
+            del state.busy[group.number]
+
+
+def grown_queue(state: State, job: Job, memory_bytes: int) -> Queue:
+    """Where tasks of the job belong that are given so much memory."""
+    queue = job.grown.get(memory_bytes)
+    if queue is None:
+        key = job.group.key
+        grown_key = replace(key, request=replace(key.request, memory_bytes=memory_bytes))
+        queue = job.grown[memory_bytes] = Queue(job, _join_group(state, grown_key))
+    return queue
 
 
 def _bound_workloads(state: State) -> None:
@@ -210,7 +265,8 @@ def forget_job(state: State, job: Job, info: JobInfo) -> None:
             release_blob(state, end.result.blob)
     for index in list(job.spent):
         _drop_spent(state, job, index)
-    _leave_group(state, job.group)
+    for queue in job.queues:
+        _leave_group(state, queue.group)
     kept = state.workloads.get(job.spec.workload.key)
     if kept is not None:
         kept.jobs -= 1
@@ -264,8 +320,10 @@ def add_tasks(
 
 
 def _add_pending(state: State, queue: Queue, count: int) -> None:
-    group = queue.group
     queue.pending += count
+    if queue.job.paused:
+        return
+    group = queue.group
     group.pending += count
     if count > 0:
         if queue.pending == count:
@@ -465,12 +523,21 @@ def retry(state: State, task: Task, account: records.Retry) -> None:
     task.reran = account.reran
     task.suspect = account.suspect
     task.quarantine_s = account.quarantine_s
+    if account.memory_bytes:
+        task.grown = grown_queue(state, task.job, account.memory_bytes)
+    if account.past:
+        task.past = trimmed((*task.past, *account.past))
     if account.backoff_s > 0:
         task.delay = state.next_number
         state.next_number += 1
         heapq.heappush(state.delayed, (state.now_s + account.backoff_s, task.delay, task))
     else:
         queue(state, task)
+
+
+def trimmed(past: tuple[PastAttempt, ...]) -> tuple[PastAttempt, ...]:
+    """The first of these attempts and the last ones."""
+    return past if len(past) <= PAST_MAX else (past[0], *past[1 - PAST_MAX :])
 
 
 def end_task(state: State, job: Job, end: TaskEnd) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from herder_coordinator.core import apply, events, lease, records
-from herder_coordinator.core.ends import end_cancelled
+from herder_coordinator.core import apply, events, lease, records, views
+from herder_coordinator.core.ends import end_cancelled, recall_ahead
 from herder_coordinator.core.state import OUTCOMES, Client, Feed, Job, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
@@ -256,6 +256,34 @@ def cancel_requested(turn: Turn, event: events.CancelRequested) -> None:
             return
         cancel(turn, job, event.indices, event.running)
     turn.to_client(event.client, CancelOk(event.job, event.indices))
+
+
+def job_change_requested(turn: Turn, event: events.JobChangeRequested) -> None:
+    """Pause, resume, or give another priority. What runs goes on; what lies in look-ahead is recalled by a pause."""
+    state = turn.state
+    job = state.jobs.get(event.job)
+    client = state.clients.get(event.client)
+    if client is None:
+        return
+    if job is None:
+        text = (
+            f"there is no job {event.job}, or it has ended and been forgotten: `herder jobs` lists those that are known"
+        )
+        turn.to_client(event.client, Answer(event.number, error="JobNotFound", message=text))
+        return
+    if job.client != event.client and job.owner != client.owner and not event.is_admin:
+        text = f"job {job.id} belongs to {job.owner!r}"
+        turn.to_client(event.client, Answer(event.number, error="Unauthorized", message=text))
+        return
+    paused = job.paused if event.paused is None else event.paused
+    priority = job.priority if event.priority is None else event.priority
+    if (paused, priority) != (job.paused, job.priority):
+        turn.record(records.JobChanged(job.id, paused, priority))
+        apply.change_job(state, job, paused=paused, priority=priority)
+        turn.wake = True
+        if paused:
+            recall_ahead(turn, [task for task in job.tasks.values() if task.node is not None])
+    turn.to_client(event.client, Answer(event.number, jobs=(views.job_info(job, state.now_s),)))
 
 
 def cancel(turn: Turn, job: Job, indices: tuple[int, ...] | None, running: bool) -> None:

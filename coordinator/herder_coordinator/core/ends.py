@@ -10,6 +10,9 @@ crashes killed its process, or its node, on `POISON_NODES` nodes is poison.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import msgspec
 
 from herder_coordinator.core import apply, blame, placement, records
@@ -20,7 +23,7 @@ from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, NodeName, WorkloadKey, task_id
 from herder_shared.states import INFRASTRUCTURE, AgentState, Cause, Outcome, TaskState
-from herder_shared.wire.messages import AttemptEnd, Drain, Failure, TaskEnd, Usage
+from herder_shared.wire.messages import AttemptEnd, Drain, Failure, PastAttempt, TaskEnd, Usage
 
 #: Ends that are the task's own doing, and so use up `retries`.
 OWN = frozenset(
@@ -37,6 +40,8 @@ OWN = frozenset(
 #: How fast a workload's pace follows: up at once, so that long tasks are not queued behind each other; down slowly.
 PACE_UP = 0.5
 PACE_DOWN = 0.1
+#: Of each past attempt's message.
+PAST_TEXT_MAX = 300
 #: Nodes that a task remembers to avoid.
 AVOIDED_MAX = 4
 #: Failed starts in a row, of at least two workloads, after which a node is drained.
@@ -107,6 +112,13 @@ def never_arrived(turn: Turn, task: Task) -> None:
     _end_if_cancelled(turn, task)
 
 
+def recall_ahead(turn: Turn, tasks: Iterable[Task]) -> None:
+    """Have the agents give back those of these attempts that lie in look-ahead. One that starts meanwhile runs on."""
+    for task in tasks:
+        if task.node is not None and task.attempt in task.node.ahead and task.state is TaskState.ASSIGNED:
+            turn.cancel(task.node, task.attempt, waiting_only=True)
+
+
 def account(
     task: Task,
     *,
@@ -119,6 +131,8 @@ def account(
     backoff_s: float = 0.0,
     suspect: Cause | None = None,
     quarantine_s: float | None = None,
+    memory_bytes: int | None = None,
+    past: tuple[PastAttempt, ...] = (),
 ) -> records.Retry:
     """The task's account as it is, with these changes."""
     return records.Retry(
@@ -135,6 +149,10 @@ def account(
         backoff_s=backoff_s,
         suspect=suspect or task.suspect,
         quarantine_s=task.quarantine_s if quarantine_s is None else quarantine_s,
+        memory_bytes=(task.grown.group.request.memory_bytes if task.grown else 0)
+        if memory_bytes is None
+        else memory_bytes,
+        past=past,
     )
 
 
@@ -145,6 +163,10 @@ def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd, part: Part = CO
         _terminal(turn, task, end)
         return
     failure = end.failure or Failure(cause=Cause.EXCEPTION, message=f"the attempt ended {end.outcome}")
+    if end.outcome is Outcome.CANCELLED and task.state is TaskState.ASSIGNED and not _is_cancelled(task):
+        # Recalled from a node's look-ahead, perhaps by an earlier life of ours: it has never started.
+        never_arrived(turn, task)
+        return
     if task.cancel or end.outcome is Outcome.CANCELLED:
         _terminal(turn, task, msgspec.structs.replace(end, outcome=Outcome.CANCELLED, failure=_cancelled(failure)))
         return
@@ -159,8 +181,30 @@ def _decide(turn: Turn, task: Task, node: Node, end: AttemptEnd, part: Part = CO
         return
     if again is not None:
         turn.count("task_retried", (("cause", failure.cause.value),))
-        turn.retry(task, again)
+        turn.retry(task, msgspec.structs.replace(again, past=(past_attempt(task, node, end, failure),)))
         _end_if_cancelled(turn, task)
+
+
+def past_attempt(task: Task, node: Node, end: AttemptEnd, failure: Failure | None) -> PastAttempt:
+    """What is remembered of an attempt."""
+    usage = end.usage
+    return PastAttempt(
+        attempt=task.ordinal,
+        node=node.name,
+        outcome=end.outcome,
+        cause=failure.cause if failure is not None else None,
+        message=failure.message[:PAST_TEXT_MAX] if failure is not None else "",
+        start_method=usage.start_method,
+        queued_s=task.queued_s,
+        start_s=usage.start_s,
+        wall_s=usage.wall_s,
+        peak_memory_bytes=usage.peak_memory_bytes,
+        memory_bytes=task.request.memory_bytes,
+    )
+
+
+def _is_cancelled(task: Task) -> bool:
+    return task.cancel or task.cancel_pending or task.job.cancelled
 
 
 def _cancelled(failure: Failure) -> Failure:
@@ -204,6 +248,9 @@ def _after_own_end(turn: Turn, task: Task, node: Node, end: AttemptEnd, failure:
     options = task.job.spec.options
     if _deserves_rerun(task, end, failure):
         return account(task, rerun=True, suspect=failure.cause, quarantine_s=0.0)
+    memory_bytes = _more_memory(turn.state, task) if end.outcome is Outcome.OUT_OF_MEMORY else 0
+    if memory_bytes:
+        return account(task, memory_bytes=memory_bytes, quarantine_s=0.0)
     killed_on = task.killed_on
     if end.outcome in {Outcome.CRASHED, Outcome.OUT_OF_MEMORY} and node.name not in killed_on:
         killed_on = (*killed_on, node.name)
@@ -237,6 +284,19 @@ def _after_failed_setup(turn: Turn, task: Task, node: Node, end: AttemptEnd) -> 
     return None
 
 
+def _more_memory(state: State, task: Task) -> int:
+    """What the next attempt is given after one that ran out of memory: more, as far as the options and the nodes go. 0:
+    no more. It needs no `retries`, as it ends by itself."""
+    options = task.job.spec.options
+    request = task.request
+    if not 0 < request.memory_bytes < options.memory_max_bytes:
+        return 0
+    wanted = min(options.memory_max_bytes, math.ceil(request.memory_bytes * options.memory_growth))
+    able = [node.memory_bytes for node in state.nodes.values() if placement.could_ever_fit(node, request)]
+    given = min(wanted, max(able, default=0))
+    return given if given > request.memory_bytes else 0
+
+
 def _deserves_rerun(task: Task, end: AttemptEnd, failure: Failure) -> bool:
     """A forked child that died of a signal or a proved deadlock may have died of the fork."""
     return (
@@ -253,7 +313,7 @@ def _terminal(turn: Turn, task: Task, end: AttemptEnd) -> None:
     job = task.job
     usage = msgspec.structs.replace(end.usage, attempt=task.ordinal, queued_s=task.queued_s)
     _note_end(turn, job, task, end, usage)
-    turn.end(job, TaskEnd(end.index, end.outcome, end.result, end.failure, usage, end.logs))
+    turn.end(job, TaskEnd(end.index, end.outcome, end.result, end.failure, usage, end.logs, task.past))
 
 
 def _note_end(turn: Turn, job: Job, task: Task, end: AttemptEnd, usage: Usage) -> None:
@@ -300,7 +360,7 @@ def set_drain(turn: Turn, name: NodeName, *, on: bool) -> None:
     turn.record(records.DrainSet(name, on))
     node = state.nodes.get(name)
     if node is not None:
-        _drain(turn, node, on=on or bool(node.fault))
+        _drain(turn, node, on=on or bool(node.fault) or node.is_ending)
 
 
 def note_fault(turn: Turn, node: Node, fault: str) -> None:
@@ -309,9 +369,20 @@ def note_fault(turn: Turn, node: Node, fault: str) -> None:
     if fault and not node.fault:
         turn.count("node_drained", (("node", node.name), ("reason", fault)))
     node.fault = fault
-    on = bool(fault) or node.name in turn.state.drained
+    on = bool(fault) or node.is_ending or node.name in turn.state.drained
     if on != node.draining:
         _drain(turn, node, on=on)
+
+
+def drain_ending(turn: Turn) -> None:
+    """Empty nodes that will end soon."""
+    state = turn.state
+    for node in state.nodes.values():
+        if not node.is_ending and node.ends_s - state.now_s <= limits.NODE_END_MARGIN_S:
+            node.is_ending = True
+            if not node.draining:
+                _drain(turn, node, on=True)
+                turn.count("node_drained", (("node", node.name), ("reason", "it will end soon")))
 
 
 def _drain(turn: Turn, node: Node, *, on: bool) -> None:
@@ -329,7 +400,8 @@ def end_cancelled(turn: Turn, job: Job, index: int) -> None:
     usage = Usage(attempt=task.ordinal if task is not None else 0)
     failure = Failure(cause=Cause.CANCELLED, message="cancelled before it was started")
     turn.note_end(job.spec.workload.name, Outcome.CANCELLED, usage)
-    turn.end(job, TaskEnd(index, Outcome.CANCELLED, None, failure, usage))
+    past = task.past if task is not None else ()
+    turn.end(job, TaskEnd(index, Outcome.CANCELLED, None, failure, usage, None, past))
 
 
 def _end_if_cancelled(turn: Turn, task: Task) -> None:
@@ -341,8 +413,9 @@ def _end_if_cancelled(turn: Turn, task: Task) -> None:
 def end_failed(turn: Turn, job: Job, index: int, outcome: Outcome, failure: Failure) -> None:
     """End a task without an attempt for a reason that lies outside of it."""
     usage = Usage()
+    task = job.tasks.get(index)
     turn.note_end(job.spec.workload.name, outcome, usage)
-    turn.end(job, TaskEnd(index, outcome, None, failure, usage))
+    turn.end(job, TaskEnd(index, outcome, None, failure, usage, None, task.past if task is not None else ()))
 
 
 def settle_loose(turn: Turn) -> None:

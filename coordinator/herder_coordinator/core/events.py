@@ -73,6 +73,18 @@ class JobClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class JobChangeRequested:
+    """`number` is that of the question, which is answered; None: as it is. An admin may change others' jobs."""
+
+    client: Incarnation
+    number: int
+    job: JobId
+    paused: bool | None
+    priority: int | None
+    is_admin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRequested:
     client: Incarnation
     job: JobId
@@ -189,6 +201,7 @@ Event = (
     | JobOpened
     | TasksSubmitted
     | JobClosed
+    | JobChangeRequested
     | CancelRequested
     | RetryRequested
     | Attached

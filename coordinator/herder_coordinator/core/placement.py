@@ -31,7 +31,18 @@ def request_of(options: TaskOptions) -> Request:
         resources=tuple(sorted((name, round(amount * UNITS)) for name, amount in options.resources.items())),
         nodes=options.nodes,
         limit_s=options.timeout_s or math.inf,
+        pack=options.placement == "pack",
     )
+
+
+def asked_for(request: Request) -> str:
+    """The request, as its user wrote it."""
+    asked = f"cores={request.cores / UNITS:g}"
+    asked += f", memory={request.memory_bytes} bytes" if request.memory_bytes else ""
+    asked += f", gpus={request.gpus}" if request.gpus else ""
+    asked += "".join(f", {name}={amount / UNITS:g}" for name, amount in request.resources)
+    asked += f", nodes={list(request.nodes)}" if request.nodes else ""
+    return asked
 
 
 def could_ever_fit(node: Node, request: Request) -> bool:
@@ -87,6 +98,8 @@ def spread(
     tiers: dict[tuple[bool, bool, bool], list[tuple[Node, int]]] = {}
     for node in state.open_nodes.values() if nodes is None else nodes:
         fitting = room(node, request, wanted)
+        if fitting and node.ends_s < math.inf and not ends_in_time(state, node, request, over_s):
+            continue
         if fitting and node.reserved is not None and node.reserved is not group:
             fitting = reserve.backfill(state, node, group, over_s, fitting)
         if fitting:
@@ -97,9 +110,29 @@ def spread(
     for tier in sorted(tiers):
         if wanted <= 0:
             break
-        part = level([(node.free_cores, max(request.cores, 1), node, fitting) for node, fitting in tiers[tier]], wanted)
+        price = max(request.cores, 1)
+        share_out = pack if request.pack else level
+        part = share_out([(node.free_cores, price, node, fitting) for node, fitting in tiers[tier]], wanted)
         parts += part
         wanted -= sum(count for _, count in part)
+    return parts
+
+
+def ends_in_time(state: State, node: Node, request: Request, over_s: float) -> bool:
+    """Whether attempts that are over in `over_s`, as far as is known, end before the node does. A task that names no
+    `timeout` and was never measured takes the risk."""
+    left_s = node.ends_s - state.now_s - limits.NODE_END_MARGIN_S
+    return min(request.limit_s, over_s) <= left_s or (over_s == math.inf and request.limit_s == math.inf)
+
+
+def pack(candidates: list[tuple[int, int, Node, int]], wanted: int) -> list[tuple[Node, int]]:
+    """Divide `wanted` over `(free, price, node, most)` so that as few nodes as possible are used: the fullest first."""
+    parts: list[tuple[Node, int]] = []
+    for _, _, node, most in sorted(candidates, key=lambda one: one[0]):
+        if wanted <= 0:
+            break
+        parts.append((node, min(most, wanted)))
+        wanted -= most
     return parts
 
 

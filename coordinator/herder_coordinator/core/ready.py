@@ -18,7 +18,7 @@ import math
 from itertools import islice
 
 from herder_coordinator.core import apply, placement, quarantine, reserve, shares
-from herder_coordinator.core.ends import end_failed
+from herder_coordinator.core.ends import end_failed, recall_ahead
 from herder_coordinator.core.state import UNITS, Chunk, Group, Node, Queue, Request, Share, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
@@ -28,6 +28,10 @@ from herder_shared.wire.messages import Failure
 
 #: Jobs of one group among which an owner's part is divided at a time.
 JOBS_SHARING = 32
+#: What lies in look-ahead is recalled when it has lain there for so many times longer than it was to, and another node
+#: has room: something in front of it takes longer than was expected.
+RECALL_AFTER_S = 4 * limits.LOOK_AHEAD_S
+AHEAD = "no node had room, and it is short: it was sent ahead, to start when a slot becomes free there"
 #: Attempts that a queue is sent ahead at a time: they are short, and counted, so that others get as many next time.
 AHEAD_SLICE = 8
 _ALL = limits.ARRAY_TASKS_MAX
@@ -203,17 +207,18 @@ def _place(turn: Turn, queue: Queue, wanted: int) -> int:
         if not parts:
             return placed
         queue.careful.popleft()
-        _start(turn, task, parts[0][0])
+        _start(turn, task, parts[0][0], _why(parts[0][0], group))
         placement.refresh(state, parts[0][0])
         placed += 1
     wanted = min(wanted - placed, queue.pending)
     if wanted > 0:
         for node, count in placement.spread(state, group, wanted, over_s):
+            why = _why(node, group)
             for _ in range(count):
                 next_task = _next_task(state, queue)
                 if next_task is None:
                     break
-                _start(turn, next_task, node)
+                _start(turn, next_task, node, why)
                 placed += 1
             placement.refresh(state, node)
     if placed and group.reserved is not None:
@@ -232,7 +237,7 @@ def _place_suspects(turn: Turn, queue: Queue, wanted: int) -> int:
             parts = placement.spread(state, queue.group, 1, _over_s(state, queue), avoid=task.avoid, nodes=nodes)
             if not parts:
                 return placed
-            _start(turn, task, parts[0][0])
+            _start(turn, task, parts[0][0], "it had room, and no other task that may have cost its node")
             placement.refresh(state, parts[0][0])
             placed += 1
         queue.suspects.popleft()
@@ -256,13 +261,26 @@ def _next_task(state: State, queue: Queue) -> Task | None:
     return None
 
 
-def _start(turn: Turn, task: Task, node: Node) -> None:
+def _start(turn: Turn, task: Task, node: Node, why: str) -> None:
     state = turn.state
+    task.why = why
     attempt = AttemptId(state.epoch, state.next_attempt)
     state.next_attempt += 1
     turn.assign(task, node, attempt, ordinal=task.ordinal + 1, fresh=task.fresh)
     turn.start(task, node)
     turn.value("queue_wait", (), task.queued_s)
+
+
+def _why(node: Node, group: Group) -> str:
+    if node.reserved is group:
+        return "the node was kept for it"
+    if node.reserved is not None:
+        return "it does not delay the task for which the node is kept"
+    if group.request.nodes:
+        return f"it had room, and is one of nodes={list(group.request.nodes)}"
+    if group.key.workload in node.warm:
+        return "it had room, and the workload's template was ready there"
+    return "it had room; the workload's template was ready nowhere where there was room"
 
 
 # --- nodes that are kept ---------------------------------------------------------------------------------------------
@@ -336,7 +354,7 @@ def _look_ahead_level(turn: Turn, groups: list[Group], held_up: list[Group]) -> 
                 task = _next_task(state, queue)
                 if task is None:
                     break
-                _start(turn, task, node)
+                _start(turn, task, node, AHEAD)
             placement.refresh(state, node)
         if wanted < spare:
             contest.served(queue)
@@ -365,6 +383,22 @@ def _head(queue: Queue) -> tuple[BlobId | None, int] | None:
     if queue.chunks:
         return queue.chunks[0].function, queue.chunks[0].left
     return None
+
+
+def recall(turn: Turn) -> None:
+    """When nodes have room and nobody is waiting, take back what lies in other nodes' look-ahead for too long."""
+    state = turn.state
+    if state.busy or not state.open_nodes:
+        return
+    for node in state.nodes.values():
+        if not node.ahead or not node.session:
+            continue
+        first = node.attempts[next(iter(node.ahead))]
+        if state.now_s - first.since_s - first.queued_s < RECALL_AFTER_S:
+            continue
+        request = first.request
+        room = sum(placement.room(other, request, len(node.ahead)) for other in state.open_nodes.values())
+        recall_ahead(turn, [node.attempts[attempt] for attempt in islice(node.ahead, room)])
 
 
 # --- what no node can ever run ---------------------------------------------------------------------------------------
@@ -399,11 +433,7 @@ def _pending_indices(chunk: Chunk) -> list[int]:
 def unschedulable_text(state: State, request: Request) -> str:
     """Name the request and the largest node."""
     named = [node for node in state.nodes.values() if not request.nodes or not node.labels.isdisjoint(request.nodes)]
-    asked = f"cores={request.cores / UNITS:g}"
-    asked += f", memory={request.memory_bytes} bytes" if request.memory_bytes else ""
-    asked += f", gpus={request.gpus}" if request.gpus else ""
-    asked += "".join(f", {name}={amount / UNITS:g}" for name, amount in request.resources)
-    asked += f", nodes={list(request.nodes)}" if request.nodes else ""
+    asked = placement.asked_for(request)
     if not named:
         known = ", ".join(state.nodes)
         return f"no known node has one of the names or labels asked for ({asked}); the nodes are {known}"

@@ -13,7 +13,7 @@ import msgspec
 
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause
-from herder_shared.wire.messages import Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem
+from herder_shared.wire.messages import Function, JobInfo, JobSpec, PastAttempt, Payload, TaskEnd, TaskItem
 
 
 class _Record(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -69,6 +69,14 @@ class TasksReset(_Record, frozen=True):
     indices: tuple[int, ...]
 
 
+class JobChanged(_Record, frozen=True):
+    """Paused or not, and its priority, from now on."""
+
+    job: JobId
+    paused: bool
+    priority: int
+
+
 class CancelRequested(_Record, frozen=True):
     job: JobId
     indices: tuple[int, ...] | None
@@ -113,6 +121,10 @@ class Retry(_Part, frozen=True):
     suspect: Cause | None = None
     #: It may have cost its node (core/quarantine.py): how long its next attempt has to run before it is trusted again.
     quarantine_s: float = 0.0
+    #: What its attempts are given instead of what the job asks for, as they ran out of that; 0 = as the job says.
+    memory_bytes: int = 0
+    #: The attempt that has just ended; in a snapshot, all that are remembered.
+    past: tuple[PastAttempt, ...] = ()
 
 
 class TasksRetried(_Record, frozen=True):
@@ -239,6 +251,7 @@ Record = (
     | TasksSubmitted
     | JobClosed
     | TasksReset
+    | JobChanged
     | CancelRequested
     | AttemptsAssigned
     | TasksRetried

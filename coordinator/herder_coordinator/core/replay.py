@@ -40,6 +40,8 @@ def replay(state: State, record: records.Record) -> None:
         case records.TasksReset():
             apply.reset_tasks(state, state.jobs[record.job], record.indices)
             settle_loose(state)
+        case records.JobChanged():
+            apply.change_job(state, state.jobs[record.job], paused=record.paused, priority=record.priority)
         case records.CancelRequested():
             apply.cancel_tasks(state.jobs[record.job], record.indices, record.running)
         case records.AttemptsAssigned():

@@ -36,6 +36,8 @@ def snapshot(state: State, *, goes_on: bool = False) -> list[Record]:
     out += [records.DrainSet(name, on=True) for name in state.drained]
     out += [records.WorkloadDemoted(key, kept.demoted) for key, kept in state.workloads.items() if kept.demoted]
     for job in state.jobs.values():
+        if job.paused or job.priority != job.spec.options.priority:
+            out.append(records.JobChanged(job.id, job.paused, job.priority))
         out += _accounts(job)
     for node in state.nodes.values():
         assigned = tuple(
@@ -135,7 +137,8 @@ def _values(state: State) -> dict[TaskKey, Payload]:
 def _accounts(job: Job) -> Iterator[Record]:
     tried = [task for task in job.tasks.values() if _has_history(task)]
     for first in range(0, len(tried), limits.BATCH_TASKS_MAX):
-        yield records.TasksRetried(tuple(account(task) for task in tried[first : first + limits.BATCH_TASKS_MAX]))
+        part = tried[first : first + limits.BATCH_TASKS_MAX]
+        yield records.TasksRetried(tuple(account(task, past=task.past) for task in part))
 
 
 def _has_history(task: Task) -> bool:

@@ -33,6 +33,7 @@ from herder_shared.wire.messages import (
     JobSpec,
     NodeFacts,
     NodeReport,
+    PastAttempt,
     Payload,
     TaskEnd,
     TaskItem,
@@ -146,11 +147,17 @@ class Task(msgspec.Struct, eq=False):
     waiting: int = 0
     values: dict[TaskKey, Payload] | None = None
     broken: TaskKey | None = None
+    #: Where it belongs since it was given more memory than its job asks for.
+    grown: Queue | None = None
+    #: Its attempts before the newest, as far as they are remembered.
+    past: tuple[PastAttempt, ...] = ()
+    #: Why its newest attempt is where it is.
+    why: str = ""
 
     @property
     def queue(self) -> Queue:
         """Where it is when it is pending."""
-        return self.job.queue
+        return self.grown or self.job.queue
 
     @property
     def request(self) -> Request:
@@ -239,6 +246,11 @@ class Job:
     share: Share
     owner_share: Share
     queue: Queue = field(init=False)
+    #: Queues of its tasks that were given more memory than it asks for, by the bytes.
+    grown: dict[int, Queue] = field(default_factory=dict)
+    priority: int = 0
+    #: Its queues take no part.
+    paused: bool = False
     count: int = 0
     closed: bool = False
     #: Cancelled as a whole: tasks that still come are cancelled too.
@@ -275,6 +287,10 @@ class Job:
     @property
     def group(self) -> Group:
         return self.queue.group
+
+    @property
+    def queues(self) -> list[Queue]:
+        return [self.queue, *self.grown.values()]
 
     @property
     def cursor(self) -> int:
@@ -328,6 +344,9 @@ class Node:
     start_failures: list[WorkloadKey] = field(default_factory=list)
     #: What its agent says is wrong with it: drained until that is mended.
     fault: str = ""
+    #: It is ours until then only; and it is drained because that is soon.
+    ends_s: float = math.inf
+    is_ending: bool = False
     #: The task in quarantine that was sent here last (core/quarantine.py says whether it still is).
     suspect: Task | None = None
 
@@ -551,14 +570,15 @@ def _check_node(node: Node) -> None:
 
 
 def _check_group(state: State, group: Group) -> None:
-    for queue in (job.queue for job in state.jobs.values() if job.group is group):
+    queues = [queue for job in state.jobs.values() for queue in job.queues if queue.group is group]
+    for queue in queues:
         chunks = sum(chunk.left for chunk in queue.chunks)
         again = {id(task) for task in (*queue.again, *queue.careful, *queue.suspects) if task.queued}
         assert queue.pending == chunks + len(again)
-        assert (group.queues.get(queue.job.id) is queue) == (queue.pending > 0)
+        assert (group.queues.get(queue.job.id) is queue) == (queue.pending > 0 and not queue.job.paused)
     assert group.pending == sum(queue.pending for queue in group.queues.values())
     assert (group.number in state.busy) == (group.pending > 0)
-    assert group.users == sum(1 for job in state.jobs.values() if job.group is group) > 0
+    assert group.users == len(queues) > 0
     assert group.reserved is None or group.reserved.reserved is group
 
 

@@ -75,6 +75,8 @@ def _take_in(turn: Turn, event: events.Event) -> None:
             clients.job_opened(turn, event)
         case events.JobClosed():
             clients.job_closed(turn, event)
+        case events.JobChangeRequested():
+            clients.job_change_requested(turn, event)
         case events.CancelRequested():
             clients.cancel_requested(turn, event)
         case events.RetryRequested():
@@ -101,6 +103,8 @@ def _tick(turn: Turn) -> None:
         state.unswept = False
         clients.sweep(turn)
     agents.check_leases(turn)
+    ends.drain_ending(turn)
+    ready.recall(turn)
     if quarantine.trust_again(state):
         turn.wake = True
     clients.check_gone(turn)

@@ -267,6 +267,7 @@ def attempt_start(task: Task) -> AttemptStart:
         deps,
         "fresh" if task.fresh else "",
         task.python,
+        task.request.memory_bytes if task.grown is not None else 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from herder_coordinator.core.placement import could_ever_fit
@@ -37,6 +38,8 @@ def _node_info(state: State, name: NodeName, now_s: float) -> NodeInfo:
         assigned_cores=(node.cores - node.free_cores) / 10_000,
         report=node.report,
         silent_s=max(0.0, now_s - node.heard_s),
+        kept_for=next(iter(node.reserved.queues), "") if node.reserved is not None else "",
+        ends_in_s=max(0.0, node.ends_s - now_s) if node.ends_s < math.inf else None,
     )
 
 
@@ -71,6 +74,8 @@ def job_info(job: Job, now_s: float) -> JobInfo:
         kind=job.spec.kind,
         age_s=max(0.0, now_s - job.opened_s),
         workload_kind=job.spec.workload.kind,
+        priority=job.priority,
+        paused=job.paused,
     )
 
 

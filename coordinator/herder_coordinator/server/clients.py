@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from herder_coordinator.core import events, views
+from herder_coordinator.core.explain import explain
 from herder_coordinator.core.state import State
 from herder_coordinator.server.blobs import BlobStore
 from herder_coordinator.server.coalesce import halve
@@ -146,6 +147,11 @@ class Clients:
                 raise_event(events.ClientLeft(name))
             case m.Query():
                 self._core.ask(lambda state, now_s: self._answer(client.link, self._reply(message, state, now_s)))
+            case m.ChangeJob():
+                is_admin = client.link.peer.role == "admin"
+                raise_event(
+                    events.JobChangeRequested(name, message.id, message.job, message.paused, message.priority, is_admin)
+                )
             case m.DrainNode():
                 self._drain(client.link, message)
             case m.ShutDown():
@@ -191,7 +197,7 @@ class Clients:
                 return m.Answer(query.id, workloads=tuple(views.workloads(state)))
             case "status":
                 return m.Answer(query.id, status=self._status(state))
-            case "job" | "tasks" | "logs":
+            case "job" | "tasks" | "logs" | "explain":
                 return self._reply_about_job(query, state, now_s)
 
     def _reply_about_job(self, query: m.Query, state: State, now_s: float) -> m.Answer:
@@ -202,6 +208,12 @@ class Clients:
             return m.Answer(query.id, error=JobNotFound.__name__, message=text)
         if query.what == "job":
             return m.Answer(query.id, jobs=(job,))
+        if query.what == "explain":
+            explanation = explain(state, job_id, query.index or 0)
+            if explanation is None:
+                text = f"job {job_id} has no task {query.index or 0}, or it has been forgotten"
+                return m.Answer(query.id, error=JobNotFound.__name__, message=text)
+            return m.Answer(query.id, explanation=explanation)
         if query.what == "tasks":
             return m.Answer(query.id, tasks=tuple(views.tasks(state, job_id) or ()))
         return m.Answer(query.id, logs=views.logs(state, job_id, query.index or 0) or m.Logs())

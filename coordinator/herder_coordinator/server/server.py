@@ -17,7 +17,7 @@ from pathlib import Path
 from herder_coordinator.core import views
 from herder_coordinator.core.effects import Effect, Observe
 from herder_coordinator.core.snapshot import snapshot
-from herder_coordinator.core.state import Periods, State, new_state
+from herder_coordinator.core.state import Periods, Policy, State, new_state
 from herder_coordinator.core.step import finish_replay, replay_record
 from herder_coordinator.journal.interface import Journal, JournalError, StandbyEnded
 from herder_coordinator.server import http, metrics
@@ -144,7 +144,8 @@ class Server:
                 reconnect_grace_s=config.reconnect_grace_s,
                 disconnect_grace_s=config.disconnect_grace_s,
             )
-            state = new_state(self.cluster, journal.epoch, periods)
+            policy = Policy(weights=config.shares, half_life_s=config.share_half_life_s)
+            state = new_state(self.cluster, journal.epoch, periods, policy)
             for record in journal.replay():
                 replay_record(state, record)
             effects = finish_replay(state, now_s)

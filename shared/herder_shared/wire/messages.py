@@ -131,6 +131,11 @@ class TaskOptions(_Part, frozen=True):
     cancel_running: bool = True
     seed: int | None = None
     stdout: Literal["capture", "stream", "discard"] = "capture"
+    #: After an attempt that ran out of memory: the next one gets so many times as much, at most this (0: no more).
+    memory_max_bytes: int = 0
+    memory_growth: float = 2.0
+    #: Over nodes evenly, or one node after the other.
+    placement: Literal["spread", "pack"] = "spread"
 
 
 class JobSpec(_Part, frozen=True):
@@ -239,6 +244,25 @@ class CommandResult(_Part, frozen=True):
     truncated: bool = False
 
 
+class PastAttempt(_HotPart, frozen=True):
+    """What is remembered of an attempt after which its task was tried again."""
+
+    #: From 1; what users see.
+    attempt: int
+    node: NodeName
+    outcome: Outcome
+    cause: Cause | None = None
+    #: For the user; cut.
+    message: str = ""
+    start_method: str = ""
+    queued_s: float = 0.0
+    start_s: float = 0.0
+    wall_s: float = 0.0
+    peak_memory_bytes: int = 0
+    #: What it was given; 0 = no limit.
+    memory_bytes: int = 0
+
+
 class TaskEnd(_HotPart, frozen=True):
     """A task's terminal record, as the journal keeps it and the client gets it."""
 
@@ -248,6 +272,8 @@ class TaskEnd(_HotPart, frozen=True):
     failure: Failure | None = None
     usage: Usage = Usage()
     logs: Logs | None = None
+    #: The attempts before its last.
+    past: tuple[PastAttempt, ...] = ()
 
 
 class JobBrief(_Part, frozen=True):
@@ -276,6 +302,8 @@ class AttemptStart(_HotPart, frozen=True):
     start: str = ""
     #: "3.11/3.1": interpreter and cloudpickle of the client when something was pickled by value, else "".
     python: str = ""
+    #: What it holds instead of what its job asks for, when earlier attempts ran out of that; 0 = as the job says.
+    memory_bytes: int = 0
 
 
 class RunningAttempt(_HotPart, frozen=True):
@@ -309,6 +337,8 @@ class NodeFacts(_Part, frozen=True):
     metrics_listen: str = ""
     #: By what it holds attempts to their limits, and why, in words.
     limits: str = ""
+    #: The machine is only ours for so long from now on (a batch allocation); None = nobody said so.
+    ends_in_s: float | None = None
 
 
 class TemplateInfo(_Part, frozen=True):
@@ -521,10 +551,10 @@ class AckEvents(_Message, frozen=True):
 
 
 class Query(_Message, frozen=True):
-    """Read something. `what`: nodes | jobs | job | workloads | status | tasks | logs."""
+    """Read something. `what`: nodes | jobs | job | workloads | status | tasks | logs | explain."""
 
     id: int
-    what: Literal["nodes", "jobs", "job", "workloads", "status", "tasks", "logs"]
+    what: Literal["nodes", "jobs", "job", "workloads", "status", "tasks", "explain", "logs"]
     job: JobId | None = None
     index: int | None = None
 
@@ -534,6 +564,15 @@ class RetryFailed(_Message, frozen=True):
 
     id: int
     job: JobId
+
+
+class ChangeJob(_Message, frozen=True):
+    """Pause a job, or resume it; give it another priority. None: as it is."""
+
+    id: int
+    job: JobId
+    paused: bool | None = None
+    priority: int | None = None
 
 
 class DrainNode(_Message, frozen=True):
@@ -619,6 +658,9 @@ class NodeInfo(_Part, frozen=True):
     report: NodeReport | None = None
     #: Seconds since the coordinator last heard of it.
     silent_s: float = 0.0
+    #: The job of which a task waits for this node to have room: others get only what it will not need.
+    kept_for: str = ""
+    ends_in_s: float | None = None
 
 
 class JobInfo(_Part, frozen=True):
@@ -636,6 +678,9 @@ class JobInfo(_Part, frozen=True):
     age_s: float = 0.0
     #: "python" or "command": in what form the results are.
     workload_kind: str = "python"
+    priority: int = 0
+    #: Nothing of it is started; what runs goes on.
+    paused: bool = False
 
 
 class TaskInfo(_Part, frozen=True):
@@ -644,6 +689,47 @@ class TaskInfo(_Part, frozen=True):
     outcome: Outcome | None = None
     node: NodeName | None = None
     attempts: int = 0
+
+
+class NodeVerdict(_Part, frozen=True):
+    """What one node has to say to a task."""
+
+    node: NodeName
+    fits: bool
+    text: str
+
+
+class Explanation(_Part, frozen=True):
+    """Why a task waits, runs where it runs, or ended as it did. Lists are cut to what a person reads."""
+
+    job: JobId
+    index: int
+    state: TaskState
+    #: For programs. While it waits: dependencies | paused | back_off | no_agents | no_room | kept | turn; then:
+    #: look_ahead | starting | running | waiting_inside; at last: succeeded | failed | ...
+    kind: str
+    #: For people: one sentence, and more of them.
+    summary: str
+    details: tuple[str, ...] = ()
+    outcome: Outcome | None = None
+    cause: Cause | None = None
+    node: NodeName | None = None
+    #: Tasks that it waits for.
+    waits_for: tuple[str, ...] = ()
+    nodes: tuple[NodeVerdict, ...] = ()
+    #: Tasks of its job that come before it.
+    before: int = 0
+    back_off_s: float | None = None
+    priority: int = 0
+    #: Cores that its owner uses, now and lately, for his weight, and those of the owner who is next.
+    owner_use: float = 0.0
+    least_use: float = 0.0
+    #: Those that are over, as far as they are remembered.
+    attempts: tuple[PastAttempt, ...] = ()
+    failure: Failure | None = None
+    #: The newest attempt, and how long ago it was placed on `node`.
+    attempt: int = 0
+    since_s: float = 0.0
 
 
 class WorkloadInfo(_Part, frozen=True):
@@ -669,7 +755,7 @@ class StatusInfo(_Part, frozen=True):
 
 
 class Answer(_Message, frozen=True):
-    """The answer to a `Query`, `RetryFailed`, `DrainNode` or `ShutDown`. One field is set, or `error` and `message`."""
+    """The answer to a question or a verb that has an `id`. One of the fields is set, or `error` and `message`."""
 
     id: int
     nodes: tuple[NodeInfo, ...] | None = None
@@ -682,6 +768,7 @@ class Answer(_Message, frozen=True):
     message: str = ""
     #: Of `RetryFailed`.
     count: int | None = None
+    explanation: Explanation | None = None
 
 
 # --- coordinator to agent --------------------------------------------------------------------------------------------
@@ -827,6 +914,7 @@ ClientToCoordinator = (
     | AckEvents
     | Query
     | RetryFailed
+    | ChangeJob
     | DrainNode
     | ShutDown
     | Goodbye

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from herder_coordinator.core import events, records
 from herder_coordinator.core.effects import DropBlobs, Persist
 from herder_shared import limits
-from herder_shared.ids import BlobId, Incarnation, JobId
-from herder_shared.states import Outcome
-from herder_shared.wire.messages import CancelOk, Payload, SubmitOk, SubmitRefused, TaskItem, TasksEnded
-from support.core_lab import CLIENT, FUNCTION, JOB, Lab, item, job_spec, success, to_client, told_ends
+from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
+from herder_shared.states import Cause, Outcome, TaskState
+from herder_shared.wire.messages import (
+    Answer,
+    CancelAttempts,
+    CancelOk,
+    Payload,
+    SubmitOk,
+    SubmitRefused,
+    TaskItem,
+    TasksEnded,
+)
+from support.core_lab import (
+    CLIENT,
+    FUNCTION,
+    JOB,
+    Lab,
+    failed,
+    item,
+    job_spec,
+    starts,
+    success,
+    to_agent,
+    to_client,
+    told_ends,
+)
 
 OTHER = Incarnation("client2")
+N1 = NodeName("n1")
 
 
 @pytest.fixture
@@ -214,3 +239,71 @@ def test_cancelling_20000_queued_tasks_is_one_step_with_bounded_records(lab: Lab
     ends = [record for record in batches if isinstance(record, records.TasksEnded)]
     assert sum(len(record.ends) for record in ends) == 20_000 - 2
     assert max(len(record.ends) for record in ends) <= limits.BATCH_TASKS_MAX
+
+
+def change_answer(some: list[Any]) -> Answer:
+    (answer,) = [message for message in to_client(some) if isinstance(message, Answer)]
+    return answer
+
+
+def test_a_paused_job_starts_nothing_until_it_is_resumed(lab: Lab) -> None:
+    lab.node(session=2, cores=1)
+    lab.open()
+    lab.submit(3)
+    some = lab.change(paused=True)
+    assert some[0] == Persist(records.JobChanged(JOB, paused=True, priority=0))
+    assert change_answer(some).jobs is not None
+    lab.ended(success(lab.attempt(0), 0), session=2)
+    lab.submit(1)
+    assert [lab.place(index) for index in (1, 2, 3)] == [None] * 3
+    assert len(starts(lab.change(paused=False))) == 1
+
+
+def test_a_pause_recalls_what_was_sent_ahead(lab: Lab) -> None:
+    lab.node(session=2, cores=1)
+    lab.open()
+    lab.submit(10)
+    lab.ended(success(lab.attempt(0), 0, wall_s=0.01), session=2)
+    ahead = list(lab.state.nodes[N1].ahead)
+    assert ahead
+    some = lab.change(paused=True)
+    assert CancelAttempts(tuple(ahead), limits.KILL_GRACE_S, waiting_only=True) in to_agent(some)
+    task = lab.state.nodes[N1].attempts[ahead[0]]
+    lab.ended(failed(ahead[0], Cause.CANCELLED, Outcome.CANCELLED, task.index), session=2)
+    assert lab.outcomes() == {0: Outcome.SUCCEEDED}
+    assert (task.state, task.ordinal) == (TaskState.PENDING, 0)
+
+
+def test_a_pause_and_a_priority_survive_restarts(lab: Lab) -> None:
+    lab.node(session=2, cores=1)
+    lab.open(detached=True)
+    lab.submit(3)
+    lab.change(paused=True, priority=5)
+    for by_snapshot in (False, True):
+        lab.restart(by_snapshot=by_snapshot)
+        job = lab.state.jobs[JOB]
+        assert (job.paused, job.priority, job.group.key.priority) == (True, 5, 5)
+        assert not lab.state.busy
+
+
+def test_another_priority_moves_what_is_pending(lab: Lab) -> None:
+    job2 = JobId("job2")
+    lab.do(events.AgentDisconnected(N1, 1))
+    lab.open(JOB)
+    lab.submit(2, JOB)
+    lab.open(job2)
+    lab.submit(2, job2)
+    lab.change(job2, priority=3)
+    assert [start.job for _, start, _ in starts(lab.node(session=2, cores=2))] == [job2, job2]
+
+
+def test_a_change_of_an_unknown_or_a_foreign_job_is_refused(lab: Lab) -> None:
+    other = Incarnation("client2")
+    lab.client(other, owner="you", session=2)
+    lab.open()
+    assert change_answer(lab.change(JobId("none"), paused=True)).error == "JobNotFound"
+    some = lab.change(client=other, paused=True)
+    (answer,) = [message for message in to_client(some, other) if isinstance(message, Answer)]
+    assert answer.error == "Unauthorized"
+    lab.do(events.JobChangeRequested(other, 1, JOB, None, 4, is_admin=True))
+    assert lab.state.jobs[JOB].priority == 4

@@ -11,7 +11,7 @@ from herder_coordinator.core import events, records
 from herder_coordinator.core.effects import Persist, SendToAgent
 from herder_shared.ids import AttemptId, JobId, NodeName
 from herder_shared.states import AgentState, Cause, Outcome
-from herder_shared.wire.messages import AckAttempts, CancelAttempts, JobSpec
+from herder_shared.wire.messages import AckAttempts, CancelAttempts, JobSpec, PastAttempt
 from support.core_lab import CLIENT, JOB, Lab, failed, item, job_spec, starts, success, to_agent, told_ends
 
 N1 = NodeName("n1")
@@ -40,7 +40,8 @@ def test_a_retry_is_recorded_before_the_attempt_is_acknowledged(lab: Lab) -> Non
     lab.submit(1)
     first = lab.attempt()
     some = lab.ended(failed(first, *BOOM))
-    assert some[0] == Persist(records.TasksRetried((records.Retry(JOB, 0, first, 1, 1, 0),)))
+    past = PastAttempt(1, N1, Outcome.FAILED, Cause.EXCEPTION, "it ended by exception", "fresh")
+    assert some[0] == Persist(records.TasksRetried((records.Retry(JOB, 0, first, 1, 1, 0, past=(past,)),)))
     assert SendToAgent(N1, 1, AckAttempts((first,)), "durable") in some
     (order,) = starts(some)
     assert order[1].ordinal == 2
@@ -309,3 +310,55 @@ def test_a_failed_setup_is_tried_on_a_second_node_and_on_no_third(lab: Lab) -> N
         ended = told_ends(lab.ended(end, name=tried[-1]))
     assert len(tried) == len(set(tried)) == 2
     assert lab.failure().cause is Cause.SETUP_FAILED
+
+
+def test_out_of_memory_is_tried_again_with_more_without_using_a_retry(lab: Lab) -> None:
+    lab.open(memory_bytes=100, memory_max_bytes=350, memory_growth=2.0)
+    lab.submit(1)
+    held, ordered = [], []
+    for _ in range(3):
+        held.append((1 << 30) - lab.state.nodes[N1].free_memory_bytes)
+        some = lab.ended(failed(lab.attempt(), Cause.OUT_OF_MEMORY, Outcome.OUT_OF_MEMORY))
+        ordered += [start.memory_bytes for _, start, _ in starts(some)]
+    assert (held, ordered) == ([100, 200, 350], [200, 350])
+    (end,) = lab.state.jobs[JOB].ends
+    assert (end.outcome, [past.memory_bytes for past in end.past]) == (Outcome.OUT_OF_MEMORY, [100, 200])
+
+
+def test_more_memory_than_any_node_has_is_not_asked_for(lab: Lab) -> None:
+    lab.open(memory_bytes=1 << 29, memory_max_bytes=1 << 40, memory_growth=8.0)
+    lab.submit(1)
+    lab.ended(failed(lab.attempt(), Cause.OUT_OF_MEMORY, Outcome.OUT_OF_MEMORY))
+    assert lab.state.jobs[JOB].tasks[0].request.memory_bytes == 1 << 30
+    lab.ended(failed(lab.attempt(), Cause.OUT_OF_MEMORY, Outcome.OUT_OF_MEMORY))
+    assert lab.outcomes() == {0: Outcome.OUT_OF_MEMORY}
+
+
+def test_without_a_maximum_memory_does_not_grow(lab: Lab) -> None:
+    lab.open(memory_bytes=100)
+    lab.submit(1)
+    lab.ended(failed(lab.attempt(), Cause.OUT_OF_MEMORY, Outcome.OUT_OF_MEMORY))
+    assert lab.outcomes() == {0: Outcome.OUT_OF_MEMORY}
+
+
+@pytest.mark.parametrize("by_snapshot", [False, True])
+def test_the_memory_that_a_task_was_given_survives_a_restart(lab: Lab, by_snapshot: bool) -> None:
+    lab.open(memory_bytes=100, memory_max_bytes=1000, detached=True)
+    lab.node("n2", session=2)
+    lab.submit(2)
+    lab.ended(failed(lab.attempt(0), Cause.OUT_OF_MEMORY, Outcome.OUT_OF_MEMORY))
+    lab.restart(by_snapshot=by_snapshot)
+    assert [lab.state.jobs[JOB].tasks[index].request.memory_bytes for index in (0, 1)] == [200, 100]
+    lab.change(priority=2)
+    assert lab.state.jobs[JOB].tasks[0].queue.group.key.priority == 2
+
+
+def test_a_grown_task_waits_in_its_own_queue_and_is_cancelled_with_its_job(lab: Lab) -> None:
+    lab.node("n1", session=2, cores=2)
+    lab.open(memory_bytes=1 << 29, memory_max_bytes=1 << 30)
+    lab.submit(3)
+    lab.ended(failed(lab.attempt(0), Cause.OUT_OF_MEMORY, Outcome.OUT_OF_MEMORY), session=2)
+    assert lab.place(0) is None
+    lab.cancel()
+    assert not lab.state.busy
+    assert lab.outcomes()[0] is Outcome.CANCELLED

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from herder_coordinator.core import events, placement
 from herder_coordinator.core.state import UNITS, Node, Request
-from herder_shared.ids import Incarnation, NodeName
+from herder_shared import limits
+from herder_shared.ids import Incarnation, JobId, NodeName
 from herder_shared.states import AgentState, Cause, Outcome
-from herder_shared.wire.messages import TaskOptions, TemplateInfo, WorkloadReport
-from support.core_lab import JOB, WORKLOAD, Lab, failed, starts, success
+from herder_shared.wire.messages import Drain, TaskOptions, TemplateInfo, WorkloadReport
+from support.core_lab import JOB, WORKLOAD, Lab, failed, starts, success, to_agent
 
 
 @pytest.fixture
@@ -138,3 +139,46 @@ def test_the_attempts_of_a_job_without_a_node_wait(lab: Lab) -> None:
     lab.open()
     lab.submit(3)
     assert lab.state.jobs[JOB].pending == 3
+
+
+def test_pack_fills_one_node_after_the_other(lab: Lab) -> None:
+    lab.node("n1", cores=4)
+    lab.node("n2", session=2, cores=4)
+    lab.open(placement="pack")
+    assert shares(lab, 3) == {"n1": 3}
+    assert shares(lab, 3) == {"n1": 1, "n2": 2}
+
+
+def test_tasks_that_may_outlast_their_node_go_elsewhere(lab: Lab) -> None:
+    lab.node("n1", cores=8, ends_in_s=3600.0)
+    lab.node("n2", session=2, cores=2)
+    lab.open(timeout_s=7200.0)
+    assert shares(lab, 4) == {"n2": 2}
+    short = JobId("short")
+    lab.open(short, timeout_s=600.0)
+    lab.submit(1, short)
+    assert lab.place(0, short) == "n1"
+
+
+def test_a_node_is_drained_before_it_ends(lab: Lab) -> None:
+    lab.node("n1", ends_in_s=limits.NODE_END_MARGIN_S + 5.0)
+    lab.open()
+    assert shares(lab, 1) == {"n1": 1}
+    lab.pass_time(4.0)
+    lab.heard()
+    assert lab.state.nodes[NodeName("n1")].state is AgentState.READY
+    some = lab.pass_time(2.0)
+    assert lab.state.nodes[NodeName("n1")].state is AgentState.DRAINING
+    assert Drain(on=True) in to_agent(some)
+    assert shares(lab, 1) == {}
+    # Draining by hand, and taking that back, does not start anything there.
+    lab.do(events.DrainRequested(NodeName("n1"), on=True))
+    lab.do(events.DrainRequested(NodeName("n1"), on=False))
+    assert lab.state.nodes[NodeName("n1")].state is AgentState.DRAINING
+
+
+def test_a_node_that_comes_back_at_its_end_is_draining_at_once(lab: Lab) -> None:
+    lab.node("n1", ends_in_s=10.0)
+    assert lab.state.nodes[NodeName("n1")].state is AgentState.DRAINING
+    lab.node("n1", session=2, incarnation="new")
+    assert lab.state.nodes[NodeName("n1")].state is AgentState.READY

@@ -12,7 +12,8 @@ from herder_coordinator.core.step import step as take_step
 from herder_shared import limits
 from herder_shared.ids import Incarnation, JobId, NodeName
 from herder_shared.states import Cause, Outcome
-from support.core_lab import CLIENT, FUNCTION, JOB, Lab, item, starts, success
+from herder_shared.wire.messages import CancelAttempts
+from support.core_lab import CLIENT, FUNCTION, JOB, Lab, failed, item, starts, success, to_agent
 
 OTHER = Incarnation("client2")
 JOB2 = JobId("job2")
@@ -186,3 +187,44 @@ def test_a_decision_costs_the_same_with_100000_tasks_queued() -> None:
         return best_s
 
     assert cost_s(100_000) < 5 * cost_s(20_000)
+
+
+def test_what_is_stuck_in_look_ahead_is_recalled_when_another_node_is_idle(lab: Lab) -> None:
+    lab.node("n1", cores=1)
+    lab.open()
+    lab.submit(4)
+    lab.ended(success(lab.attempt(0), 0, wall_s=0.01))
+    node = lab.state.nodes[NodeName("n1")]
+    (stuck, *others) = node.attempts
+    assert list(node.ahead) == others
+    lab.started(stuck)
+    lab.node("n2", session=2, cores=1)
+    some = lab.pass_time(0.5)
+    assert to_agent(some) == [CancelAttempts((others[0],), limits.KILL_GRACE_S, waiting_only=True)]
+    index = node.attempts[others[0]].index
+    lab.ended(failed(others[0], Cause.CANCELLED, Outcome.CANCELLED, index))
+    assert lab.place(index) == "n2"
+    assert lab.state.jobs[JOB].tasks[index].ordinal == 1
+
+
+def test_an_attempt_that_started_before_it_was_recalled_goes_on(lab: Lab) -> None:
+    lab.node("n1", cores=1)
+    lab.open()
+    lab.submit(3)
+    lab.ended(success(lab.attempt(0), 0, wall_s=0.01))
+    lab.node("n2", session=2, cores=1)
+    ahead = next(iter(lab.state.nodes[NodeName("n1")].ahead))
+    index = lab.state.nodes[NodeName("n1")].attempts[ahead].index
+    lab.pass_time(0.5)
+    lab.started(ahead)
+    lab.ended(success(ahead, index))
+    assert lab.outcomes()[index] is Outcome.SUCCEEDED
+
+
+def test_an_end_as_cancelled_that_nobody_asked_for_is_final_once_it_ran(lab: Lab) -> None:
+    lab.node("n1", cores=1)
+    lab.open()
+    lab.submit(1)
+    lab.started(lab.attempt())
+    lab.ended(failed(lab.attempt(), Cause.CANCELLED, Outcome.CANCELLED))
+    assert lab.outcomes() == {0: Outcome.CANCELLED}

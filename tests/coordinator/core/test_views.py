@@ -47,6 +47,8 @@ def test_a_closed_job_says_how_it_went(lab: Lab, outcome: Cause | None, state: s
     lab.submit(1)
     attempt = lab.attempt()
     ended = Outcome.CANCELLED if outcome is Cause.CANCELLED else Outcome.FAILED
+    if outcome is Cause.CANCELLED:
+        lab.cancel()
     lab.ended(success(attempt) if outcome is None else failed(attempt, outcome, ended))
     info = views.job(lab.state, JOB, lab.now_s)
     assert info is not None

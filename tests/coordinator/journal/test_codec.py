@@ -10,11 +10,22 @@ from herder_coordinator.core import records
 from herder_coordinator.journal.codec import DamagedBatch, decode_batch, encode_batch
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause, Outcome, TaskState
-from herder_shared.wire.messages import Failure, Function, JobInfo, JobSpec, Payload, TaskEnd, TaskItem, WorkloadSpec
+from herder_shared.wire.messages import (
+    Failure,
+    Function,
+    JobInfo,
+    JobSpec,
+    PastAttempt,
+    Payload,
+    TaskEnd,
+    TaskItem,
+    WorkloadSpec,
+)
 
 JOB = JobId("3f9a0c1d2e4b5a69")
 SPEC = JobSpec(JOB, "digits", WorkloadSpec(WorkloadKey("w1")))
 END = TaskEnd(3, Outcome.FAILED, None, Failure(cause=Cause.EXCEPTION, message="boom"))
+PAST = PastAttempt(1, NodeName("n1"), Outcome.FAILED, Cause.EXCEPTION, "boom")
 ONE_OF_EACH: list[records.Record] = [
     records.EpochStarted(ClusterId("c" * 32), 7),
     records.JobOpened(Incarnation("client"), "me", SPEC),
@@ -23,11 +34,18 @@ ONE_OF_EACH: list[records.Record] = [
     records.TasksSubmitted(JOB, 0, None, (TaskItem(Payload(b"args"), ((JOB, 1),)),), "3.11/3.1"),
     records.JobClosed(JOB),
     records.TasksReset(JOB, (3,)),
+    records.JobChanged(JOB, paused=True, priority=3),
     records.CancelRequested(JOB, (1, 2), running=True),
     records.AttemptsAssigned(
         NodeName("n1"), Incarnation("i1"), (records.Assignment(JOB, 0, AttemptId(7, 1), 1, fresh=True),)
     ),
-    records.TasksRetried((records.Retry(JOB, 0, AttemptId(7, 1), 1, 0, 1, (NodeName("n1"),), backoff_s=0.5),)),
+    records.TasksRetried(
+        (
+            records.Retry(
+                JOB, 0, AttemptId(7, 1), 1, 0, 1, (NodeName("n1"),), backoff_s=0.5, memory_bytes=9, past=(PAST,)
+            ),
+        )
+    ),
     records.TasksEnded(JOB, 4, (END,)),
     records.EventsAcked(JOB, 5),
     records.JobForgotten(JOB),

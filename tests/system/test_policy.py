@@ -1,0 +1,141 @@
+"""Who goes first, what is held back, and why: a real cluster, asked from outside."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cloudpickle
+import pytest
+from click.testing import CliRunner
+
+import herder
+from herder.cli.main import cli
+from support.leaks import wait_until
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+pytestmark = [pytest.mark.slow, pytest.mark.module_state]
+
+WAIT_S = 30
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[herder.LocalCluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HERDER_AGENT_GPUS", "2")
+        patch.setenv("HERDER_AGENT_RESOURCES", "licence=1.5")
+        with herder.LocalCluster(cores=2) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def client(cluster: herder.LocalCluster) -> Iterator[herder.Client]:
+    with cluster.client() as client:
+        yield client
+
+
+def run(cluster: herder.LocalCluster, *arguments: str) -> str:
+    result = CliRunner(env=cluster.environ).invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def wait_for(path: str) -> None:
+    while not Path(path).exists():
+        time.sleep(0.01)
+
+
+def test_pause_explain_resume_and_priority(cluster: herder.LocalCluster, client: herder.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    blockers = [client.options(name="blocker").submit(wait_for, str(gate)) for _ in range(2)]
+    wait_until(lambda: all(future.running() for future in blockers), WAIT_S)
+    explained = blockers[0].explain()
+    assert (explained.kind, explained.attempt) == ("running", 1)
+    assert "it is there because" in str(explained)
+
+    low = client.array(abs, [-1, -2], name="low")
+    waits = low.explain(1)
+    assert waits.kind == "no_room"
+    assert "cores free, it needs 1" in str(waits)
+    run(cluster, "pause", low.id)
+    assert "paused" in run(cluster, "job", f"{low.id}.0", "--explain")
+    high = client.array(abs, [-3], name="high")
+    run(cluster, "priority", high.id, "7")
+    assert high.status().priority == 7
+    assert json.loads(run(cluster, "job", f"{high.id}.0", "--explain", "--json"))["priority"] == 7
+    gate.touch()
+    assert list(high.results(WAIT_S)) == [3]
+    assert low.progress().ended == 0
+    assert "paused" in run(cluster, "job", low.id, "--explain")
+    low.resume()
+    assert list(low.results(WAIT_S)) == [1, 2]
+    assert blockers[0].explain().kind == "succeeded"
+
+
+def fail_at_first(folder: str) -> int:
+    path = Path(folder) / f"attempt{herder.task().attempt}"
+    path.touch()
+    if herder.task().attempt < 3:
+        raise OSError("not yet")
+    return int(herder.task().attempt)
+
+
+def test_retries_by_type_with_backoff_and_every_attempt_explained(client: herder.Client, tmp_path: Path) -> None:
+    begun_s = time.monotonic()
+    future = client.options(retries=5, retry_on=(OSError,), backoff=0.2).submit(fail_at_first, str(tmp_path))
+    assert future.result(WAIT_S) == 3
+    assert time.monotonic() - begun_s > 0.2 + 0.4
+    attempts = future.explain().attempts
+    assert [(attempt.attempt, attempt.outcome) for attempt in attempts] == [
+        (1, "failed"),
+        (2, "failed"),
+        (3, "succeeded"),
+    ]
+    assert "not yet" in str(future.explain())
+    with pytest.raises(OSError):
+        client.options(retries=5, retry_on=(KeyError,)).submit(fail_at_first, str(tmp_path)).result(WAIT_S)
+
+
+def touch_memory(size_mib: int) -> int:
+    held = bytearray(size_mib << 20)
+    for place in range(0, len(held), 4096):
+        held[place] = 1
+    time.sleep(0.3)
+    return int(herder.task().attempt)
+
+
+def test_out_of_memory_is_tried_again_with_more(client: herder.Client) -> None:
+    options = client.options(memory="64MiB", memory_max="512MiB", memory_growth=4)
+    future = options.submit(touch_memory, 120)
+    assert future.result(WAIT_S) == 2
+    first, last = future.explain().attempts
+    assert (first.outcome, first.memory_bytes, last.outcome) == ("out_of_memory", 64 << 20, "succeeded")
+    with pytest.raises(herder.TaskOutOfMemory):
+        client.options(memory="64MiB", memory_max="80MiB").submit(touch_memory, 200).result(WAIT_S)
+
+
+def what_it_holds(folder: str, name: str, others: int) -> tuple[int, ...]:
+    (Path(folder) / name).touch()
+    deadline_s = time.monotonic() + 10
+    while len(list(Path(folder).iterdir())) < others and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return tuple(herder.task().gpus)
+
+
+def test_gpus_have_indices_and_fractions_and_named_resources_are_counted(client: herder.Client, tmp_path: Path) -> None:
+    (tmp_path / "gpus").mkdir()
+    one_gpu = client.options(gpus=1, cores=0.5)
+    futures = [one_gpu.submit(what_it_holds, str(tmp_path / "gpus"), str(each), 2) for each in range(2)]
+    assert sorted(future.result(WAIT_S) for future in futures) == [(0,), (1,)]
+
+    (tmp_path / "parts").mkdir()
+    quarter = client.options(cores=0.25, resources={"licence": 0.25})
+    futures = [quarter.submit(what_it_holds, str(tmp_path / "parts"), str(each), 6) for each in range(8)]
+    begun = lambda: len(list((tmp_path / "parts").iterdir())) >= 6  # noqa: E731
+    wait_until(begun, WAIT_S)
+    for future in futures:
+        future.result(WAIT_S)
