@@ -620,7 +620,7 @@ class Connection:
         if track is None:
             return
         if track.refused_from is not None and message.first >= track.refused_from:
-            return  # it followed on what is to be submitted again, and will be with it
+            return  # it followed on what is to be submitted again, and will be with it; so does a close
         if message.again:
             assert self._loop is not None
             if self._loop.time() >= self._refusal_told_s + _REFUSAL_LOG_S:
@@ -669,6 +669,7 @@ class Connection:
         if self._link is None:
             return  # `opened` sees to it
         self._flush()
+        unsaid: list[Batch] = []
         for track in list(self._tracks.values()):
             ackable = track.ackable
             if ackable != track.acked:
@@ -677,8 +678,9 @@ class Connection:
             if track.is_over:
                 with self._lock:
                     del self._tracks[track.job]
-                for batch in self._outbox.forget(track.job):
-                    self._unclaim(batch.claims)
+                # All of it has ended, so it was accepted: the acknowledgements went down with an older connection.
+                unsaid += self._outbox.forget(track.job)
+        self._acknowledged(unsaid)
 
     def _follow(self, track: Track) -> None:
         with self._lock:

@@ -117,6 +117,8 @@ class Outbox:
     def __init__(self) -> None:
         self._waiting: deque[Entry] = deque()
         self._opens: dict[JobId, Open] = {}
+        #: Jobs of which something was said here and that have not been forgotten.
+        self._jobs: set[JobId] = set()
         self._batches: dict[JobId, deque[Batch]] = {}
         self._closes: dict[JobId, Close] = {}
         self._cancels: list[Cancel] = []
@@ -127,6 +129,8 @@ class Outbox:
         """Put an entry at the end."""
         self._order += 1
         entry.order = self._order
+        if isinstance(entry, Open):
+            self._jobs.add(entry.spec.job)
         if isinstance(entry, Batch):
             for name, content in entry.blobs:
                 upload = self._uploads.setdefault(name, _Upload(content))
@@ -186,6 +190,7 @@ class Outbox:
     def forget(self, job: JobId) -> list[Batch]:
         """Nothing more is to be said about this job: the batches that were not acknowledged."""
         dropped = list(self._batches.pop(job, ()))
+        self._jobs.discard(job)
         self._opens.pop(job, None)
         self._closes.pop(job, None)
         self._cancels = [each for each in self._cancels if each.job != job]
@@ -214,8 +219,11 @@ class Outbox:
             upload.sent_bytes = upload.stored_bytes = offset
 
     def is_opened(self, job: JobId) -> bool:
-        """The coordinator has acknowledged the job, or will before whatever is said next."""
-        return job not in self._opens and not any(isinstance(e, Open) and e.spec.job == job for e in self._waiting)
+        """The coordinator has acknowledged the job, or will before whatever is said next. Not of a job whose `Open` a
+        user thread is about to add."""
+        if job not in self._jobs or job in self._opens:
+            return False
+        return not any(isinstance(entry, Open) and entry.spec.job == job for entry in self._waiting)
 
     def _merge(self, batch: Batch) -> bool:
         """Let the last waiting entry take the batch in, where both make one message."""

@@ -324,6 +324,15 @@ def test_results_that_others_depend_on_are_not_acknowledged(
     wait_until(lambda: job.acked == 2)
 
 
+def test_a_client_whose_tasks_have_all_ended_does_not_wait_for_an_acknowledgement_that_got_lost(
+    coordinator: FakeCoordinator,
+) -> None:
+    coordinator.silent = True
+    client = herder.Client(profile=coordinator.profile())
+    assert client.submit(square, 3).result(10) == 9
+    client.shutdown()
+
+
 def test_large_arguments_and_results_travel_as_blobs(client: herder.Client, coordinator: FakeCoordinator) -> None:
     content = bytes(range(256)) * 4096 * 3
     future = client.submit(bytes, content)
@@ -430,6 +439,7 @@ def test_submission_that_may_be_tried_again_is(
     coordinator.silent = False
     coordinator.send(m.SubmitRefused(job, 0, "DataLost", "a blob is not here", again=True))
     coordinator.send(m.SubmitRefused(job, 1, "RemoteProtocolError", "only 0 before them"))
+    coordinator.send(m.SubmitRefused(job, 0, "RemoteProtocolError", "it was to be closed with 3, and 0 came"))
     coordinator.until(lambda: len(coordinator.said(m.SubmitTasks)) > before)
     coordinator.release()
     assert [each.result(10) for each in futures] == [0, 1, 4]

@@ -86,6 +86,16 @@ def test_a_harder_cancellation_is_said_again_until_it_is_answered_itself() -> No
     assert outbox.pump() == [m.CancelTasks(JOB, None, True)]
 
 
+def test_a_job_of_which_nothing_was_said_is_not_known_to_the_coordinator() -> None:
+    outbox = Outbox()
+    assert not outbox.is_opened(JOB)  # a user thread has made the job, and its `Open` is still to be added
+    outbox.add(Open(SPEC))
+    outbox.pump()
+    outbox.submit_ok(JOB, 0)
+    outbox.forget(JOB)
+    assert not outbox.is_opened(JOB)
+
+
 def test_open_is_known_to_be_heard() -> None:
     outbox = Outbox()
     outbox.add(Open(SPEC))

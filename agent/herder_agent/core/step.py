@@ -248,7 +248,14 @@ def _attempts_ordered(state: State, event: AttemptsOrdered, now_s: float, effect
 
 
 def _forget(state: State, attempt_id: AttemptId, now_s: float, effects: list[Effect]) -> None:
-    if state.ends.pop(attempt_id, None) is not None:
+    report = state.ends.pop(attempt_id, None)
+    if report is not None:
+        blob = report.result.blob if report.result is not None else None
+        if blob is not None and attempt_id in state.uploading.get(blob, ()):
+            # Superseded while its result was on the way: the store keeps that no longer.
+            state.uploading[blob].remove(attempt_id)
+            if not state.uploading[blob]:
+                del state.uploading[blob]
         return
     attempt = state.attempts.get(attempt_id)
     if attempt is not None:

@@ -79,6 +79,7 @@ class Connection:
         stop: Callable[[str], None],
         linked: Callable[[int], None],
         relays: Relays,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._functions = functions
@@ -87,6 +88,7 @@ class Connection:
         self._stop = stop
         self._linked = linked
         self._relays = relays
+        self._clock_s = clock_s
         self.link: Link | None = None
         self.is_draining = False
         self._needs: dict[AttemptId, tuple[BlobId, ...]] = {}
@@ -161,6 +163,11 @@ class Connection:
                 self._relays.told(message)
             case DropTaskClient():
                 self._relays.dropped(message)
+            case WantBlob():  # it has lost a result, which an end that it was told of names
+                if self._store.has(message.id):
+                    self.upload(message.id)
+                else:
+                    link.send(NoBlob(message.id))
             case ForgetJobs():
                 self._dispatch(events.JobsForgotten(message.jobs))
             case PullMetrics():
@@ -181,14 +188,14 @@ class Connection:
         if self.link is None:
             return
         batches = list(_batches(ended))
-        self._sync_s = time.monotonic()
+        self._sync_s = self._clock_s()
         self.link.send(Sync(running, batches[0] if batches else (), more=len(batches) > 1))
         for batch in batches[1:]:
             self.link.send(AttemptsEnded(batch))
 
     def beat(self, n: int) -> None:
         """Heartbeat `n` of this link leaves now."""
-        self._beats_s[n] = time.monotonic()
+        self._beats_s[n] = self._clock_s()
 
     def report(self, started: list[AttemptId], ends: list[AttemptEnd], workloads: list[WorkloadReport]) -> None:
         """Send the reports of one turn of the loop."""

@@ -258,7 +258,9 @@ class AgentLoop:
         return self._held_bytes > _HELD_BYTES_MAX
 
     def _acked(self, event: events.AttemptsAcked) -> None:
-        for attempt in event.attempts:
+        for attempt in dict.fromkeys(
+            event.attempts
+        ):  # an end that was said twice is acknowledged twice, in one message
             end = self.state.ends.get(attempt)
             if end is not None:
                 self._held_bytes = max(0, self._held_bytes - size_of(end))

@@ -161,12 +161,13 @@ def job_opened(turn: Turn, event: events.JobOpened) -> None:
             turn.pump(job, event.client, feed)
 
 
-def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int) -> Job | None:
-    """The client's own job; else it is told why not."""
+def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int, upto: int) -> Job | None:
+    """The client's own job; else it is told why not. One that has been forgotten had all tasks that it now speaks of
+    (up to `upto`), or was given up while it was away."""
     job = turn.state.jobs.get(job_id)
     if job is None:
         summary = turn.state.summaries.get(job_id)
-        if summary is not None and first <= summary.tasks:
+        if summary is not None and upto <= summary.tasks:
             turn.to_client(client, SubmitOk(job_id, summary.tasks))
         else:
             turn.refuse(client, job_id, first, "JobNotFound", f"there is no job {job_id}, or it has been forgotten")
@@ -180,10 +181,10 @@ def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int) -> Job 
 def tasks_submitted(turn: Turn, event: events.TasksSubmitted) -> None:
     """New tasks, or a repetition: below the count there is nothing to do but to say so again."""
     state = turn.state
-    job = _own_job(turn, event.client, event.job, event.first)
+    upto = event.first + len(event.tasks)
+    job = _own_job(turn, event.client, event.job, event.first, upto)
     if job is None:
         return
-    upto = event.first + len(event.tasks)
     if upto <= job.count:
         turn.to_client(event.client, SubmitOk(job.id, job.count))
         return
@@ -231,7 +232,7 @@ def _notice_no_agents(turn: Turn, incarnation: Incarnation) -> None:
 
 
 def job_closed(turn: Turn, event: events.JobClosed) -> None:
-    job = _own_job(turn, event.client, event.job, 0)
+    job = _own_job(turn, event.client, event.job, 0, event.count)
     if job is None:
         return
     if event.count > job.count:

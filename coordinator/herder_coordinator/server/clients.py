@@ -2,8 +2,9 @@
 
 Two things are kept here because they need the disk or the order of a link. A submission that names a blob becomes an
 event only when the blob is durable here: one that is on its way over the same link holds back what follows on it, one
-that is nowhere makes the submission refused, to be sent again with its blobs. And a question is answered after all
-that the link sent before it."""
+that is nowhere (it was here, and dropped when nobody else needed it any more) ends the link: the client connects again
+and says everything that was not acknowledged again, with its blobs and in its order, which what follows on the
+submission (a close, a cancellation) relies on. And a question is answered after all that the link sent before it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ from herder_coordinator.server.loop import CoreLoop
 from herder_coordinator.server.transfers import Transfers
 from herder_shared.errors import (
     ConfigError,
-    DataLost,
     HerderError,
     JobNotFound,
     PayloadTooLarge,
@@ -45,6 +45,9 @@ class _ClientLink:
     link: Link
     client: Incarnation
     held: deque[m.Message] = field(default_factory=deque)
+    #: Jobs with the first task of a submission that is to come again: what follows on it of that job comes again with
+    #: it, in its order, and is passed over until then.
+    refused: dict[JobId, int] = field(default_factory=dict)
 
 
 class Clients:
@@ -127,7 +130,11 @@ class Clients:
         )
 
     def _act(self, client: _ClientLink, message: m.Message) -> None:
+        if client.link.is_closed:
+            return  # it will be said again, in its order
         raise_event, name = self._core.raise_event, client.client
+        if client.refused and self._follows_on(client, message):
+            return
         match message:
             case m.SubmitTasks():
                 self._submit(client, message)
@@ -165,13 +172,15 @@ class Clients:
         reason = self.why_no_submissions()
         if reason:
             text = f"{reason}: nothing new is taken in until that is over"
+            client.refused[message.job] = message.first
             client.link.send(m.SubmitRefused(message.job, message.first, Unreachable.__name__, text, again=True))
             return
+        client.refused.pop(message.job, None)
         missing = self._missing(message)
         if missing:
             text = f"{len(missing)} blobs which the submission names are not here; the first is {missing[0]}"
             log.warning("client %s: job %s from task %d on: %s", client.client, message.job, message.first, text)
-            client.link.send(m.SubmitRefused(message.job, message.first, DataLost.__name__, text, again=True))
+            client.link.close(text)
             return
         self._store.name(_named(message))
         self._core.raise_event(
@@ -184,6 +193,17 @@ class Clients:
         """The blobs which it names and which are not durable here."""
         functions = self._core.state.functions
         return [blob for blob in _named(message) if blob not in self._store and blob not in functions]
+
+    def _follows_on(self, client: _ClientLink, message: m.Message) -> bool:
+        """Whether it stands behind a submission that was not taken in: it would close or cancel what is not there."""
+        if not isinstance(message, m.SubmitTasks | m.CloseJob | m.CancelTasks) or message.job not in client.refused:
+            return False
+        first = client.refused[message.job]
+        job = self._core.state.jobs.get(message.job)
+        if job is not None and job.count > first:  # it is there after all: that was a repetition
+            del client.refused[message.job]
+            return False
+        return not isinstance(message, m.SubmitTasks) or message.first > first
 
     # --- questions ---------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -50,9 +51,18 @@ class Server:
     """One life of the coordinator. `run` starts it, waits until it is told to end, and ends it."""
 
     def __init__(self, config: CoordinatorConfig, open_journal: OpenJournal) -> None:
+        store = BlobStore(config.blob_dir or config.state_dir / "blobs")
+        self._prepare(config, open_journal, tls.cluster_of(config.identity), store)
+        self.metrics = metrics.Metrics(self._metrics_sources())
+        self.http = http.HttpServer(self._http_sources())
+
+    def _prepare(
+        self, config: CoordinatorConfig, open_journal: OpenJournal, cluster: ClusterId, store: BlobStore
+    ) -> None:
+        """All but what shows us to the outside."""
         self._config = config
         self._open_journal = open_journal
-        self.cluster = tls.cluster_of(config.identity)
+        self.cluster = cluster
         self.version = own_version()
         self._ended = asyncio.Event()
         self._failure: Exception | None = None
@@ -62,14 +72,12 @@ class Server:
         self._clients: Clients | None = None
         self._stops_agents = False
         self._sessions = 0
-        self._store = BlobStore(config.blob_dir or config.state_dir / "blobs")
+        self._store = store
         #: Set with `_ended`, for the thread that opens the journal.
         self._ended_early = threading.Event()
         #: Why we wait for the journal; "" when we do not.
         self._standby = ""
         self._transfers = Transfers(self._store, self._blob_arrived)
-        self.metrics = metrics.Metrics(self._metrics_sources())
-        self.http = http.HttpServer(self._http_sources())
         self._acceptor: Acceptor | None = None
         self.address = ""
         self.epoch = 0
@@ -116,9 +124,17 @@ class Server:
         loop = asyncio.get_running_loop()
         start_s = loop.time()
         journal, state, effects = await asyncio.to_thread(self._replay, start_s)
+        log.info("life %d of cluster %s: replayed in %.3f s", journal.epoch, self.cluster, loop.time() - start_s)
+        self._assemble(journal, state, effects)
+        self._acceptor = Acceptor(context=context, cluster=self.cluster, welcome=self._welcome, observer=self)
+        host, port = await self._acceptor.listen(*parse_address(config.listen, PORT))
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        log.info("agents and clients at %s, HTTP at http://%s/", self.address, self.http.address)
+
+    def _assemble(self, journal: Journal, state: State, effects: list[Effect]) -> None:
+        """Put everything around a state that has been replayed, and let it live."""
         self._journal, self.epoch = journal, journal.epoch
-        log.info("life %d of cluster %s: replayed in %.3f s", self.epoch, self.cluster, loop.time() - start_s)
-        self._store.open(state.blobs, loop.time())
+        self._store.open(state.blobs, asyncio.get_running_loop().time())
         core = self._core = CoreLoop(state, journal, self, self._failed)
         self._clients = Clients(core, self._store, self._transfers, self._status)
         relays = Relays(self._clients, self._transfers, self._welcome)
@@ -126,10 +142,6 @@ class Server:
         self._clients.shut_down = self._shut_down
         self._clients.why_no_submissions = self._why_no_submissions
         core.start(effects)
-        self._acceptor = Acceptor(context=context, cluster=self.cluster, welcome=self._welcome, observer=self)
-        host, port = await self._acceptor.listen(*parse_address(config.listen, PORT))
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        log.info("agents and clients at %s, HTTP at http://%s/", self.address, self.http.address)
 
     def _replay(self, now_s: float) -> tuple[Journal, State, list[Effect]]:
         """In a thread. The state has no other owner yet."""
@@ -373,6 +385,7 @@ class Server:
         )
 
 
+@cache
 def own_version() -> str:
     """Herder's version, as installed."""
     try:

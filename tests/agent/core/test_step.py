@@ -654,6 +654,14 @@ def test_end_with_a_large_result_is_reported_when_the_result_is_uploaded() -> No
     assert end.attempt == ident(1)
 
 
+def test_result_of_a_superseded_attempt_is_not_uploaded_again() -> None:
+    machine = Machine().serving()
+    machine.take(ev.ChildStarted(1))
+    machine.take(ev.ChildAnswered(1, ev.Answer(Payload(b"", BlobId("b" * 40), 100_000))))
+    machine.take(ev.AttemptsAcked((ident(1),)))
+    assert not [effect for effect in machine.take(ev.Connected(2)) if isinstance(effect, fx.UploadBlob)]
+
+
 # --- what comes late -------------------------------------------------------------------------------------------------
 
 

@@ -307,3 +307,16 @@ def test_a_change_of_an_unknown_or_a_foreign_job_is_refused(lab: Lab) -> None:
     assert answer.error == "Unauthorized"
     lab.do(events.JobChangeRequested(other, 1, JOB, None, 4, is_admin=True))
     assert lab.state.jobs[JOB].priority == 4
+
+
+def test_what_comes_for_a_job_that_was_given_up_while_its_client_was_away_is_refused(lab: Lab) -> None:
+    lab.client()
+    lab.open()
+    lab.do(events.ClientDisconnected(CLIENT, 1))
+    lab.pass_time(61.0)
+    assert list(lab.state.summaries) == [JOB]
+    lab.client(session=2)
+    late = lab.do(events.TasksSubmitted(CLIENT, JOB, 0, FUNCTION, (item(),), ""))
+    assert [(one.error, one.first) for one in to_client(late)] == [("JobNotFound", 0)]
+    assert [one.error for one in to_client(lab.do(events.JobClosed(CLIENT, JOB, 1)))] == ["JobNotFound"]
+    assert to_client(lab.do(events.JobClosed(CLIENT, JOB, 0))) == [SubmitOk(JOB, 0)]

@@ -10,11 +10,12 @@ import pytest
 from coordinator.server.conftest import Run
 from herder_shared.ids import BlobId, JobId, NodeName, blob_id
 from herder_shared.limits import BLOB_CHUNK_BYTES
-from herder_shared.states import AgentState, TaskState
+from herder_shared.states import AgentState, Outcome, TaskState
 from herder_shared.wire import messages as m
 from support.coordinators import (
     FUNCTION,
     JOB,
+    Peer,
     agent_of,
     chunks,
     client_of,
@@ -53,19 +54,46 @@ def test_a_submission_may_follow_its_blob_before_that_is_confirmed(
     run(go())
 
 
-def test_a_submission_without_its_blob_is_refused_and_may_come_again(
+def test_a_submission_without_its_blob_ends_the_link_so_that_nothing_overtakes_it(
     authority: Authority, tmp_path: Path, run: Run
 ) -> None:
     async def go() -> None:
         async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
-            client.send(m.OpenJob(job_spec()), large_submission(blob_id(LARGE)))
-            refused = await client.next(m.SubmitRefused)
-            assert (refused.job, refused.first, refused.error, refused.again) == (JOB, 0, "DataLost", True)
-            client.send(*chunks(LARGE, BLOB_CHUNK_BYTES), large_submission(blob_id(LARGE)))
-            while (await client.next(m.SubmitOk)).upto < 1:
+            all_of_it: list[m.Message] = [m.OpenJob(job_spec()), large_submission(blob_id(LARGE)), m.CloseJob(JOB, 1)]
+            client.send(*all_of_it)
+            again = await linked_again(client)
+            again.send(*chunks(LARGE, BLOB_CHUNK_BYTES), *all_of_it)
+            while (await again.next(m.SubmitOk)).upto < 1:
                 pass
+            assert not [one for one in client.messages if isinstance(one, m.SubmitRefused)]
 
     run(go())
+
+
+def test_what_follows_on_a_submission_that_is_to_come_again_comes_with_it(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            clients = running.server._clients
+            assert clients is not None
+            clients.why_no_submissions = lambda: "no space"
+            client.send(m.OpenJob(job_spec()), submission(2), m.CancelTasks(JOB, (0,)), m.CloseJob(JOB, 2))
+            refused = await client.next(m.SubmitRefused)
+            assert (refused.first, refused.error, refused.again) == (0, "Unreachable", True)
+            clients.why_no_submissions = str
+            client.send(submission(2), m.CancelTasks(JOB, (0,)), m.CloseJob(JOB, 2))
+            assert (await client.next(m.TasksEnded)).ends[0].outcome is Outcome.CANCELLED
+            assert len([one for one in client.messages if isinstance(one, m.SubmitRefused)]) == 1
+            assert len([one for one in client.messages if isinstance(one, m.CancelOk)]) == 1
+
+    run(go())
+
+
+async def linked_again(client: Peer) -> Peer:
+    """The same client on its next link."""
+    link = await client.client.observer.link(2)
+    return Peer(client.client, link)
 
 
 def test_a_function_too_large_for_a_message_is_a_blob(authority: Authority, tmp_path: Path, run: Run) -> None:
@@ -73,10 +101,10 @@ def test_a_function_too_large_for_a_message_is_a_blob(authority: Authority, tmp_
         async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
             function = m.Function(blob_id(LARGE))
             client.send(m.OpenJob(job_spec()), msgspec.structs.replace(submission(1), function=function))
-            assert (await client.next(m.SubmitRefused)).error == "DataLost"
-            client.send(*chunks(LARGE, BLOB_CHUNK_BYTES))
-            client.send(msgspec.structs.replace(submission(1), function=function))
-            while (await client.next(m.SubmitOk)).upto < 1:
+            again = await linked_again(client)
+            again.send(*chunks(LARGE, BLOB_CHUNK_BYTES))
+            again.send(msgspec.structs.replace(submission(1), function=function))
+            while (await again.next(m.SubmitOk)).upto < 1:
                 pass
 
     run(go())
