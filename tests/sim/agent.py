@@ -1,323 +1,592 @@
-"""A model of an agent that obeys the protocol: slots, a queue, attempts, ends that are kept until acknowledged."""
+"""The shipped agent without processes: its core and its connection, with children and templates which are drawn.
+
+What stands for `runtime/loop.py` is `Life`: it takes the core's effects to a `Node`, on which children start, run,
+wait, die, hang, leave processes behind and eat memory as the seed has it. Children live by the world's clock, also
+while the agent is stopped; they die with it.
+"""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from herder_coordinator.core import events
-from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName, WorkloadKey
-from herder_shared.states import Cause, Outcome
+from herder_agent.core import effects as fx
+from herder_agent.core import events
+from herder_agent.core.state import State, check_invariants, new_state
+from herder_agent.core.step import next_deadline_s, step
+from herder_agent.runtime.blobs import BlobStore, FunctionCache, Partial
+from herder_agent.runtime.connection import Connection
+from herder_agent.runtime.relays import Relays
+from herder_shared.errors import DataLost, HerderError
+from herder_shared.ids import AttemptId, BlobId, Incarnation, NodeName, WorkloadKey, blob_id
+from herder_shared.limits import PROTOCOL_VERSION
+from herder_shared.states import Cause
 from herder_shared.wire.messages import (
-    AckAttempts,
     AttemptEnd,
     AttemptStart,
-    CancelAttempts,
     Failure,
-    HeartbeatAck,
-    JobBrief,
-    Message,
+    Heartbeat,
+    Hello,
     NodeFacts,
+    NodeReport,
     Payload,
-    RunningAttempt,
-    StartAttempts,
-    SyncOk,
-    Usage,
+    WorkloadReport,
 )
-from sim.history import History, Violation
-from sim.world import Wire, World
+from herder_shared.wire.session import Peer
+from sim.coordinator import CLUSTER
+from sim.history import History, Violation, content_of, result_of
+from sim.network import Network, SimDialler
+from sim.world import Program, World, new_program
 
 if TYPE_CHECKING:
-    from sim.coordinator import Coordinator
     from sim.run import Faults
 
-LEASE_S = 30.0
-HEARTBEAT_S = 2.0
+MEMORY_BYTES = 1 << 30
 
 
-@dataclass
-class Run:
-    start: AttemptStart
-    brief: JobBrief
-    is_running: bool = False
-    end: AttemptEnd | None = None
+class _Partial(Partial):
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.size = 0
+        self.content = b""
+
+    def write(self, data: bytes) -> None:
+        self.content += bytes(data)
+        self.size += len(data)
+
+    def close(self) -> BlobId:
+        return blob_id(self.content)
+
+    def abandon(self) -> None:
+        pass
+
+
+class SimStore(BlobStore):
+    """The shipped store's account of a simulated disk."""
+
+    def __init__(self) -> None:
+        self.contents: dict[BlobId, bytes] = {}
+        self._pins = {}
+        self._in_memory = {}
+
+    def has(self, blob: BlobId) -> bool:
+        return blob in self.contents
+
+    def size_of(self, blob: BlobId) -> int:
+        return len(self.contents[blob])
+
+    def open(self, blob: BlobId) -> int:
+        if blob not in self.contents:
+            raise DataLost(f"blob {blob} is not on this node")
+        fd = os.memfd_create("blob")
+        os.write(fd, self.contents[blob])
+        return fd
+
+    def put(self, content: bytes) -> BlobId:
+        name = blob_id(content)
+        self.contents[name] = content
+        return name
+
+    def receive(self, total: int) -> Partial:
+        return _Partial(total)
+
+    def complete(self, partial: Partial, blob: BlobId) -> bool:
+        assert isinstance(partial, _Partial)
+        if partial.close() != blob:
+            return False
+        self.contents[blob] = partial.content
+        return True
+
+    def _make_room(self) -> None:
+        """A full disk keeps only what is pinned."""
+        for blob in [each for each in self.contents if each not in self._pins]:
+            del self.contents[blob]
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that runs tasks."""
+
+    number: int
+    template: int
+    method: str
+    is_alive: bool = True
+    #: Cores which the task that runs in it, and what that left behind, use.
+    used: float = 0.0
+
+
+@dataclass(eq=False)
+class Task:
+    order: fx.SendTask
+    child: Child
+    is_over: bool = False
+
+
+@dataclass(eq=False)
+class Node:
+    """A machine. What is on it outlives the agent's processes, but for children."""
+
+    name: str
+    cores: int
+    labels: tuple[str, ...]
+    epoch_seen: int = 0
+    births: int = 0
+    used: float = 0.0
+    children: dict[int, Child] = field(default_factory=dict)
+
+
+class Life:
+    """One agent process: the shipped core and connection, and the children it has."""
+
+    def __init__(self, agent: Agent, program: Program, incarnation: Incarnation) -> None:
+        self.agent = agent
+        self.world = agent.world
+        self.program = program
+        self.incarnation = incarnation
+        self.node = agent.node
+        self.state: State = new_state(NodeName(self.node.name), self.node.cores, MEMORY_BYTES, program.time())
+        self.store = SimStore()
+        self.connection = Connection(
+            store=self.store,
+            functions=FunctionCache(self.store),
+            dispatch=self.dispatch,
+            exposition=lambda _openmetrics: (b"", "text/plain"),
+            stop=lambda _reason: None,
+            linked=self._linked,
+            relays=(relays := Relays(program, self.state, self.dispatch)),
+            clock_s=program.time,
+        )
+        self.dialler = SimDialler(
+            agent.network,
+            program,
+            self.node.name,
+            Peer("agent", self.node.name, CLUSTER, "2"),
+            hello=self._hello,
+            observer=self.connection,
+            heartbeat=self._heartbeat,
+            refused=self._refused,
+        )
+        self._pending: deque[events.Event] = deque()
+        self._is_stepping = False
+        self._timer_s = float("inf")
+        self._started: list[AttemptId] = []
+        self._ends: list[AttemptEnd] = []
+        self._workloads: dict[WorkloadKey, WorkloadReport] = {}
+        self._is_report_due = False
+        self._leftovers = 0
+        self._is_sweep_due = False
+        self._templates: dict[int, bool] = {}
+        self._tasks: dict[int, Task] = {}
+        self._steps = 0
+        self._do: dict[type, Callable[[Any], None]] = {
+            fx.StartTemplate: self._start_template,
+            fx.BranchTemplate: self._start_template,
+            fx.StopTemplate: self._stop_template,
+            fx.ForkChildren: self._fork,
+            fx.SpawnFresh: self._spawn,
+            fx.SendTask: self._send_task,
+            fx.StopChild: lambda effect: self._exit_soon(effect.child, 0),
+            fx.SignalChild: self._signal,
+            fx.DropChild: lambda effect: self._die(effect.child),
+            fx.SweepLeftovers: lambda _effect: self._sweep_soon(),
+            fx.FetchBlobs: lambda effect: self.connection.fetch(effect.attempt, effect.blobs),
+            fx.ReleaseBlobs: lambda effect: self.connection.release(effect.attempt),
+            fx.UploadBlob: lambda effect: self.connection.upload(effect.blob),
+            fx.SendSync: self._sync,
+            fx.ReportStarted: self._report_started,
+            fx.ReportEnd: self._report_end,
+            fx.ReportWorkload: self._report_workload,
+            fx.ReportSlot: relays.report,
+            fx.ResumeTask: self._resume,
+        }
+
+    # --- the loop, as the shipped one does it ------------------------------------------------------------------------
+
+    def dispatch(self, event: events.Event) -> None:
+        self._pending.append(event)
+        if self._is_stepping:
+            return
+        self._is_stepping = True
+        try:
+            while self._pending:
+                event = self._pending.popleft()
+                if type(event) is events.AttemptsAcked:
+                    self._acked(event)
+                for effect in step(self.state, event, self.program.time()):
+                    do = self._do.get(type(effect))
+                    if do is not None:
+                        do(effect)
+        finally:
+            self._is_stepping = False
+        self._steps += 1
+        if self.agent.faults.is_checked and not self._steps % 4:
+            check_invariants(self.state)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        due_s = next_deadline_s(self.state)
+        if due_s is not None and due_s < self._timer_s:
+            self._timer_s = due_s
+            self.program.call_at(due_s, self._tick, due_s)
+
+    def _tick(self, due_s: float) -> None:
+        if due_s == self._timer_s:
+            self._timer_s = float("inf")
+            self.dispatch(events.Ticked())
+
+    def _acked(self, event: events.AttemptsAcked) -> None:
+        for attempt in dict.fromkeys(event.attempts):
+            end = self.state.ends.get(attempt)
+            if end is not None and end.result is not None and end.result.blob is not None:
+                self.store.unpin(end.result.blob)
+
+    def _sync(self, effect: fx.SendSync) -> None:
+        self._ends.clear()
+        self._started.clear()
+        self.connection.sync(effect.running, effect.ended)
+
+    def _report_started(self, effect: fx.ReportStarted) -> None:
+        self._started.append(effect.attempt)
+        self._report_soon()
+
+    def _report_end(self, effect: fx.ReportEnd) -> None:
+        self._ends.append(effect.end)
+        self._report_soon()
+
+    def _report_workload(self, effect: fx.ReportWorkload) -> None:
+        self._workloads[effect.report.key] = effect.report
+        self._report_soon()
+
+    def _report_soon(self) -> None:
+        if not self._is_report_due:
+            self._is_report_due = True
+            self.program.call_later(self.world.random.random() * 0.01, self._report)
+
+    def _report(self) -> None:
+        self._is_report_due = False
+        ended = {end.attempt for end in self._ends}
+        started = [attempt for attempt in self._started if attempt not in ended]
+        ends, workloads = self._ends, self._workloads
+        self._started, self._ends, self._workloads = [], [], {}
+        self.connection.report(started, ends, list(workloads.values()))
+
+    def _hello(self) -> Hello:
+        node = self.node
+        facts = NodeFacts(NodeName(node.name), node.cores, MEMORY_BYTES, labels=node.labels)
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            cluster=CLUSTER,
+            incarnation=self.incarnation,
+            epoch_seen=node.epoch_seen,
+            node=facts,
+        )
+
+    def _heartbeat(self, n: int) -> Heartbeat:
+        self.connection.beat(n)
+        return Heartbeat(n, NodeReport())
+
+    def _linked(self, epoch: int) -> None:
+        if epoch < self.node.epoch_seen:
+            raise Violation(f"{self.node.name} was welcomed by life {epoch}, and had seen life {self.node.epoch_seen}")
+        self.node.epoch_seen = epoch
+
+    def _refused(self, error: HerderError) -> None:
+        raise Violation(f"the agent on {self.node.name} was refused for good: {error}")
+
+    # --- templates ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: events.Event) -> None:
+        self.program.call_soon(self.dispatch, event)
+
+    def _later(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
+        """Something on the node: it happens while the agent lives, stopped or not."""
+        self.world.after(self.world.random.random() * seconds, self._if_alive, what, args)
+
+    def _if_alive(self, what: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if not self.program.is_dead:
+            what(*args)
+
+    def _start_template(self, effect: fx.StartTemplate | fx.BranchTemplate) -> None:
+        self._templates[effect.template] = False
+        self._later(0.2, self._template_is_there, effect.template)
+
+    def _template_is_there(self, number: int) -> None:
+        if number not in self._templates:
+            return
+        if self.world.chance(self.agent.faults.template_failures):
+            self.agent.history.disturbed.add(self.node.name)
+            self._tell(events.TemplateFailed(number, Cause.START_FAILED, "no template"))
+            self._kill_template(number)
+            return
+        self._templates[number] = True
+        self._tell(
+            events.TemplateReady(
+                number, start="fork", fork_point="", reason="", python="3.11", pid=number, start_s=0.1, rss_bytes=1
+            )
+        )
+
+    def _stop_template(self, effect: fx.StopTemplate) -> None:
+        self._later(0.05, self._kill_template, effect.template)
+
+    def _kill_template(self, number: int) -> None:
+        """It dies, and its children with it."""
+        if self._templates.pop(number, None) is None:
+            return
+        for child in [each for each in self.node.children.values() if each.template == number]:
+            self._die(child.number)
+        self._tell(events.TemplateExited(number, "it died"))
+
+    def kill_some_template(self) -> None:
+        """A fault."""
+        if self._templates:
+            self.agent.history.disturbed.add(self.node.name)
+            self._kill_template(self.world.random.choice(list(self._templates)))
+
+    # --- children ----------------------------------------------------------------------------------------------------
+
+    def _fork(self, effect: fx.ForkChildren) -> None:
+        for number in effect.children:
+            self._later(0.02, self._child_is_there, number, effect.template, "fork")
+
+    def _spawn(self, effect: fx.SpawnFresh) -> None:
+        self._later(0.2, self._child_is_there, effect.child, effect.template, "fresh")
+
+    def _child_is_there(self, number: int, template: int, method: str) -> None:
+        if template not in self._templates:
+            return
+        if self.world.chance(self.agent.faults.start_failures):
+            self.agent.history.disturbed.add(self.node.name)
+            self._tell(events.ChildForkFailed(number, "no process"))
+            return
+        self.node.children[number] = Child(number, template, method)
+        self._tell(events.ChildForked(number, number + 1000))
+        if method == "fresh":
+            self._tell(events.ChildIdle(number, "3.11"))
+
+    def _send_task(self, effect: fx.SendTask) -> None:
+        child = self.node.children.get(effect.child)
+        if child is not None and child.is_alive:
+            task = self._tasks[child.number] = Task(effect, child)
+            self._later(0.02, self._task_starts, task)
+
+    def _task_starts(self, task: Task) -> None:
+        child, order, faults = task.child, task.order, self.agent.faults
+        if not child.is_alive:
+            return
+        self._check_data(order.attempt)
+        self.agent.history.start(order.attempt, self.incarnation)
+        self._use(child, order.options.cores)
+        if not order.is_quiet:
+            self._tell(events.ChildStarted(child.number))
+        if child.method == "fork" and self.world.chance(faults.deadlocks):
+            self._later(0.1, self._tell_hung, task)
+            return
+        if self.world.chance(faults.memory_hogs) and order.options.memory_bytes:
+            self._later(faults.task_s, self._tell_memory, task)
+            return
+        if self.world.chance(faults.waits):
+            self._later(faults.task_s, self._wait_begins, task)
+        else:
+            self._run_on(task)
+
+    def _wait_begins(self, task: Task) -> None:
+        """It has submitted tasks of its own: its cores are not used until they have ended."""
+        if task.child.is_alive:
+            self._use(task.child, 0.0)
+            self._tell(events.WaitBegan(task.order.attempt.attempt))
+            self._later(3.0, self._wait_ends, task)
+
+    def _wait_ends(self, task: Task) -> None:
+        if task.child.is_alive:
+            self._tell(events.WaitEnded(task.order.attempt.attempt, 1))
+
+    def _resume(self, effect: fx.ResumeTask) -> None:
+        for task in list(self._tasks.values()):
+            if task.order.attempt.attempt == effect.attempt:
+                self._use(task.child, task.order.options.cores)
+                self._run_on(task)
+
+    def _run_on(self, task: Task) -> None:
+        order, faults = task.order, self.agent.faults
+        seconds = self.world.random.expovariate(1 / faults.task_s)
+        if order.options.timeout_s is not None and self.world.chance(faults.overruns):
+            seconds += 1e6
+        self.world.after(seconds, self._if_alive, self._task_ends, (task,))
+
+    def _check_data(self, start: AttemptStart) -> None:
+        """The child can read all that the task needs."""
+        for payload in (start.args, *(value for _, _, value in start.deps)):
+            if payload.blob is not None and payload.blob not in self.store.contents:
+                raise Violation(f"{start.job}.{start.index} runs on {self.node.name} without blob {payload.blob}")
+
+    def _use(self, child: Child, cores: float) -> None:
+        self.node.used += cores - child.used
+        child.used = cores
+        if self.node.used > self.node.cores + 1e-6:
+            raise Violation(f"{self.node.used:g} of {self.node.cores} cores of {self.node.name} are in use")
+
+    def _tell_hung(self, task: Task) -> None:
+        if task.child.is_alive and not task.is_over:
+            self._tell(events.ChildHung(task.child.number, "deadlock"))
+
+    def _tell_memory(self, task: Task) -> None:
+        if task.child.is_alive and not task.is_over:
+            self._tell(events.MemorySeen(task.child.number, task.order.options.memory_bytes + 1))
+
+    def _task_ends(self, task: Task) -> None:
+        child, order, faults = task.child, task.order, self.agent.faults
+        if not child.is_alive or task.is_over:
+            return
+        task.is_over = True
+        self.agent.history.ended.add(order.attempt.attempt)
+        draw = self.world.random.random() - faults.signals
+        if draw < 0:
+            self._exit(child.number, 11)
+            return
+        answer = events.Answer(wall_s=faults.task_s)
+        key = (order.attempt.job, order.attempt.index)
+        if draw < faults.exceptions:
+            answer = events.Answer(failure=Failure(Cause.EXCEPTION, "boom"), wall_s=faults.task_s)
+        else:
+            self.agent.history.finished.add(key)
+            answer = events.Answer(result=self._result_of(key), wall_s=faults.task_s)
+        if order.reuses:
+            self._use(child, 0.0)
+            self._tell(events.ChildAnswered(child.number, answer))
+            return
+        self._tell(events.ChildAnswered(child.number, answer))
+        self._exit_soon(child.number, 0)
+
+    def _result_of(self, key: tuple[Any, int]) -> Payload:
+        payload = result_of(key)
+        if payload.blob is not None:
+            self.store.put(content_of(key))
+            self.store.pin(payload.blob)
+        return payload
+
+    def _signal(self, effect: fx.SignalChild) -> None:
+        """SIGTERM may be ignored."""
+        if effect.signal == 9 or self.world.chance(0.7):
+            self._exit_soon(effect.child, effect.signal)
+
+    def _exit_soon(self, number: int, status: int) -> None:
+        self._later(0.05, self._exit, number, status)
+
+    def _exit(self, number: int, status: int) -> None:
+        """It ends, and may leave a process behind that uses its cores on."""
+        child = self.node.children.get(number)
+        if child is None or not child.is_alive:
+            return
+        child.is_alive = False
+        task = self._tasks.pop(number, None)
+        if task is not None:
+            self.agent.history.ended.add(task.order.attempt.attempt)
+        del self.node.children[number]
+        self._tell(events.ChildExited(number, events.Exit(status)))
+        if child.used and self.world.chance(self.agent.faults.leftovers):
+            self._leftovers += 1
+            self._later(0.5, self._leftover_gone, child)
+        else:
+            self.node.used -= child.used
+
+    def _leftover_gone(self, child: Child) -> None:
+        self._leftovers -= 1
+        self.node.used -= child.used
+
+    def _die(self, number: int) -> None:
+        """With its template."""
+        child = self.node.children.pop(number, None)
+        if child is not None:
+            child.is_alive = False
+            self.node.used -= child.used
+            self._tasks.pop(number, None)
+
+    def _sweep_soon(self) -> None:
+        if not self._is_sweep_due:
+            self._is_sweep_due = True
+            self.program.call_soon(self._sweep)
+
+    def _sweep(self) -> None:
+        if self._leftovers:
+            self.program.call_later(0.05, self._sweep)
+            return
+        self._is_sweep_due = False
+        self.dispatch(events.LeftoversGone())
 
 
 class Agent:
-    def __init__(
-        self, world: World, coordinator: Coordinator, history: History, faults: Faults, *, name: str, cores: int
+    """A node's agent, life after life."""
+
+    def __init__(  # noqa: PLR0917
+        self, world: World, network: Network, history: History, faults: Faults, name: str, cores: int
     ) -> None:
         self.world = world
-        self.coordinator = coordinator
+        self.network = network
         self.history = history
         self.faults = faults
-        self.facts = NodeFacts(NodeName(name), cores, 1 << 30, labels=("even",) if cores % 2 == 0 else ())
-        self._born = 0
-        self.is_alive = False
-        self.stopped_until_s = 0.0
+        self.node = Node(name, cores, ("even",) if cores % 2 == 0 else ())
+        self.life: Life | None = None
         self.start()
 
-    # --- lives -------------------------------------------------------------------------------------------------------
-
     def start(self) -> None:
-        self._born += 1
-        self.incarnation = Incarnation(f"{self.facts.node}-{self._born}")
-        self.is_alive = True
-        self.epoch_seen = 0
-        self.runs: dict[AttemptId, Run] = {}
-        self._inbox: list[Callable[[], None]] = []
-        self.accepted: set[AttemptId] = set()
-        self._reset_link()
-        self._connect(self.incarnation)
-        self._beat(self.incarnation)
+        """A new process."""
+        if self.life is not None:
+            return
+        self.node.births += 1
+        program = new_program(self.world, self.node.name)
+        incarnation = Incarnation(f"{self.node.name}-{self.node.births}")
+        self.life = Life(self, program, incarnation)
+        program.call_soon(self.life.dialler.start)
 
-    def _reset_link(self) -> None:
-        self.wire: Wire | None = None
-        self.session = 0
-        self.life = 0
-        self.heard_s = self.world.now_s
-        self.jobs: dict[JobId, JobBrief] = {}
-        self.demoted: set[WorkloadKey] = set()
-        self.functions: set[BlobId] = set()
+    # --- what goes wrong ---------------------------------------------------------------------------------------------
 
     def kill(self, down_s: float) -> None:
-        """Power off or SIGKILL: what ran dies; the kernel closes the connection, or nobody does."""
-        if not self.is_alive:
+        """SIGKILL or power off: what ran dies; the kernel closes the connection, or nobody does."""
+        life = self.life
+        if life is None:
             return
-        self.is_alive = False
-        self.runs.clear()
-        if self.wire is not None:
-            if self.world.chance(0.3):
-                self.wire.silent = True
-            else:
-                self._cut(self.wire, self.life, self.session)
+        self.history.disturbed.add(self.node.name)
+        self.life = None
+        life.program.kill()
+        life.connection.close()
+        self.node.children.clear()
+        self.node.used = 0.0
+        self.network.program_died(life.program, tells=self.world.chance(0.6))
         self.world.after(down_s, self.start)
 
     def stop(self, seconds: float) -> None:
-        """SIGSTOP: nothing is read, sent or noticed."""
-        self.stopped_until_s = max(self.stopped_until_s, self.world.now_s + seconds)
+        """SIGSTOP."""
+        if self.life is not None:
+            self.history.disturbed.add(self.node.name)
+            self.life.program.halt(seconds)
 
-    def _is_stopped(self) -> bool:
-        return self.world.now_s < self.stopped_until_s
-
-    # --- connection --------------------------------------------------------------------------------------------------
-
-    def _connect(self, incarnation: Incarnation) -> None:
-        if not self.is_alive or incarnation != self.incarnation or self.wire is not None:
-            return
-        if self._is_stopped():
-            self.world.at(self.stopped_until_s, lambda: self._connect(incarnation))
-            return
-        wire = Wire(self.world, self.faults.delay_s)
-        session = 0 if self.faults.is_cut_off(self.facts.node) else self._greet(wire)
-        if not session:
-            self.world.after(0.1 + self.world.random.random() * 2, lambda: self._connect(incarnation))
-            return
-        self._reset_link()
-        self.wire, self.session, self.life = wire, session, self.coordinator.life
-        if self.coordinator.state.epoch < self.epoch_seen:
-            raise Violation("an agent was greeted by an older life of the coordinator")
-        self.epoch_seen = self.coordinator.state.epoch
-        # The welcome takes a while; what has ended meanwhile is in the inventory.
-        wire.send(1, lambda: self._welcomed(wire))
-
-    def _greet(self, wire: Wire) -> int:
-        return self.coordinator.agent_connects(wire, self, self.facts, self.incarnation)
-
-    def _welcomed(self, wire: Wire) -> None:
-        if self.wire is wire and self.is_alive:
-            self._when_awake(lambda: self._sync(wire))
-
-    def _when_awake(self, what: Callable[[], None]) -> None:
-        """Now, or in order when it runs again. A killed agent's inbox is empty."""
-        self._inbox.append(what)
-        self._drain(self.incarnation)
-
-    def _drain(self, incarnation: Incarnation) -> None:
-        if incarnation != self.incarnation:
-            return
-        if self._is_stopped():
-            self.world.at(self.stopped_until_s, lambda: self._drain(incarnation))
-            return
-        inbox, self._inbox = self._inbox, []
-        for what in inbox:
-            what()
-
-    def _sync(self, wire: Wire) -> None:
-        if self.wire is not wire:
-            return
-        self.synced = True
-        running = tuple(
-            RunningAttempt(attempt, run.start.job, run.start.index, run.is_running)
-            for attempt, run in self.runs.items()
-            if run.end is None
-        )
-        ended = [run.end for run in self.runs.values() if run.end is not None]
-        cut = self.world.random.randint(0, len(ended)) if ended and self.world.chance(0.3) else len(ended)
-        more = cut < len(ended)
-        self._say(events.AgentSynced(self.facts.node, self.session, running, tuple(ended[:cut]), more))
-        if more:
-            self._say(events.AttemptsEnded(self.facts.node, self.session, tuple(ended[cut:])))
-
-    def closed(self, wire: Wire) -> None:
-        if self.wire is wire:
-            self._reset_link()
-            incarnation = self.incarnation
-            self.world.after(self.world.random.random() * 2, lambda: self._connect(incarnation))
+    def kill_template(self) -> None:
+        if self.life is not None:
+            self.life.kill_some_template()
 
     def break_link(self) -> None:
-        if self.wire is not None and not self.wire.broken:
-            if self.world.chance(self.faults.silent_share):
-                self.wire.silent = True
-            else:
-                self._cut(self.wire, self.life, self.session)
+        self.history.disturbed.add(self.node.name)
+        break_link(self.world, self.network, self.node.name, self.faults)
 
-    def _cut(self, wire: Wire, life: int, session: int) -> None:
-        gone = events.AgentDisconnected(self.facts.node, session)
-        wire.cut([lambda: self.closed(wire), lambda: self.coordinator.receive(life, gone)])
-
-    def _say(self, event: events.Event) -> None:
-        if self.wire is not None:
-            self.coordinator.post(self.wire, self.life, event)
-
-    def _beat(self, incarnation: Incarnation) -> None:
-        if not self.is_alive or incarnation != self.incarnation:
-            return
-        if not self._is_stopped() and self.wire is not None:
-            if self.world.now_s - self.heard_s > LEASE_S:
-                self._cut(self.wire, self.life, self.session)
-            else:
-                wire = self.wire
-                self._say(events.AgentHeard(self.facts.node, self.session))
-                wire.send(0, lambda: self.coordinator.answer_heartbeat(wire, self, HeartbeatAck(0)))
-        self.world.after(HEARTBEAT_S, lambda: self._beat(incarnation))
-
-    # --- orders ------------------------------------------------------------------------------------------------------
-
-    def receive(self, wire: Wire, message: Message) -> None:
-        if self.is_alive:
-            self._when_awake(lambda: self._obey(wire, message))
-
-    def _obey(self, wire: Wire, message: Message) -> None:
-        if isinstance(message, StartAttempts):
-            if message.session == self.session:
-                self._accept(message)
-            return
-        if wire is not self.wire:
-            return
-        self.heard_s = self.world.now_s
-        match message:
-            case AckAttempts():
-                self._drop(message.attempts)
-            case SyncOk():
-                self._drop(message.drop)
-            case CancelAttempts():
-                for attempt in message.attempts:
-                    run = self.runs.get(attempt)
-                    if run is None or run.end is not None:
-                        continue
-                    if not message.waiting_only:
-                        self.world.after(self.world.random.random(), lambda run=run: self._cancelled(run))  # type: ignore[misc]
-                    elif not run.is_running:
-                        self._cancelled(run)
-            case _:
-                pass
-
-    def _accept(self, message: StartAttempts) -> None:
-        self.heard_s = self.world.now_s
-        for brief in message.jobs:
-            self.jobs[brief.job] = brief
-        # A verdict may overtake an order that was made before it and had to be durable first: it holds all the same.
-        self.demoted.update(spec.key for spec in message.workloads if spec.demoted)
-        self.functions.update(function.id for function in message.functions)
-        for start in message.attempts:
-            if start.attempt in self.accepted:
-                continue
-            if start.job not in self.jobs or (start.function is not None and start.function not in self.functions):
-                raise Violation(f"an agent was not told what it needs for {start.job}.{start.index}")
-            self.accepted.add(start.attempt)
-            self.runs[start.attempt] = Run(start, self.jobs[start.job])
-        self._pump()
-
-    def _drop(self, attempts: tuple[AttemptId, ...]) -> None:
-        for attempt in attempts:
-            self.runs.pop(attempt, None)
-        self._pump()
-
-    def _pump(self) -> None:
-        used = sum(run.brief.options.cores for run in self.runs.values() if run.is_running)
-        for run in list(self.runs.values()):
-            if run.end is not None or run.is_running:
-                continue
-            if used + run.brief.options.cores > self.facts.cores:
-                return
-            used += run.brief.options.cores
-            run.is_running = True
-            self._launch(run)
-
-    def _launch(self, run: Run) -> None:
-        start, world = run.start, self.world
-        incarnation = self.incarnation
-        if world.chance(self.faults.start_failures):
-            failure = Failure(cause=Cause.START_FAILED, message="no process")
-            world.after(0.01, lambda: self._ended(incarnation, run, Outcome.LOST, failure))
-            return
-        self.history.start((start.job, start.index), start.attempt, self.incarnation)
-        _check_dependencies(start)
-        if world.chance(0.7):
-            self._say(events.AttemptsStarted(self.facts.node, self.session, (start.attempt,)))
-        outcome, fate = self._fate(run)
-        duration_s = world.random.expovariate(1 / self.faults.task_s)
-        world.after(duration_s, lambda: self._ended(incarnation, run, outcome, fate))
-
-    def _fate(self, run: Run) -> tuple[Outcome, Failure | None]:
-        draw = self.world.random.random()
-        if self._method(run) == "fork" and self.world.chance(self.faults.fork_deaths):
-            cause = Cause.DEADLOCK if self.world.chance(0.5) else Cause.SIGNAL
-            return Outcome.CRASHED, Failure(cause=cause, message="of the fork", signal=9)
-        if draw < self.faults.exceptions:
-            return Outcome.FAILED, Failure(cause=Cause.EXCEPTION, message="boom")
-        if draw < self.faults.exceptions + self.faults.signals:
-            return Outcome.CRASHED, Failure(cause=Cause.SIGNAL, message="signal 11", signal=11)
-        if draw < self.faults.exceptions + self.faults.signals + self.faults.templates:
-            return Outcome.LOST, Failure(cause=Cause.TEMPLATE_LOST, message="the template died")
-        return Outcome.SUCCEEDED, None
-
-    def _method(self, run: Run) -> str:
-        return "fresh" if run.start.start or run.brief.workload in self.demoted else "fork"
-
-    def _ended(self, incarnation: Incarnation, run: Run, outcome: Outcome, failure: Failure | None) -> None:
-        attempt = run.start.attempt
-        if not self.is_alive or incarnation != self.incarnation or self.runs.get(attempt) is not run or run.end:
-            return
-        if self._is_stopped():
-            self.world.at(self.stopped_until_s, lambda: self._ended(incarnation, run, outcome, failure))
-            return
-        key = f"{run.start.job}.{run.start.index}"
-        result = None
-        if outcome is Outcome.SUCCEEDED:
-            is_blob = run.start.index % 5 == 0
-            result = Payload(b"", BlobId(f"result {key}"), 100_000) if is_blob else Payload(key.encode())
-        usage = Usage(
-            node=self.facts.node,
-            attempt=run.start.ordinal,
-            start_method=self._method(run),
-            wall_s=self.faults.task_s,
-            core_s=self.faults.task_s * run.brief.options.cores,
-        )
-        run.end = AttemptEnd(attempt, run.start.job, run.start.index, outcome, result, failure, usage)
-        run.is_running = False
-        if self.wire is not None and getattr(self, "synced", False):
-            self._say(events.AttemptsEnded(self.facts.node, self.session, (run.end,)))
-        self._pump()
-
-    def _cancelled(self, run: Run) -> None:
-        self._ended(self.incarnation, run, Outcome.CANCELLED, Failure(cause=Cause.CANCELLED, message="cancelled"))
+    def cut_off(self, seconds: float) -> None:
+        self.history.disturbed.add(self.node.name)
+        cut_off(self.world, self.network, self.node.name, seconds)
 
 
-def _check_dependencies(start: AttemptStart) -> None:
-    for job, index, value in start.deps:
-        key = f"{job}.{index}"
-        if value.inline != key.encode() and value.blob != f"result {key}":
-            raise Violation(f"{start.job}.{start.index} got {value} as the value of {key}")
+def break_link(world: World, network: Network, host: str, faults: Faults) -> None:
+    """A connection breaks, or falls silent."""
+    for cable in network.of(host):
+        if world.chance(faults.silent_share):
+            cable.is_silent = True
+        else:
+            cable.break_off()
+
+
+def cut_off(world: World, network: Network, host: str, seconds: float) -> None:
+    """A partition, one way or both."""
+    to, back = world.random.choice([(True, True), (True, False), (False, True)])
+    network.cut_off(host, to=to, back=back)
+    world.after(seconds, network.heal, host)

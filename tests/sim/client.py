@@ -1,13 +1,20 @@
-"""A model of a client: submits, repeats what was not acknowledged, cancels, acknowledges, reconnects, vanishes."""
+"""The shipped client's connection (outbox, tracks, cursors, fetches) without its thread, and a user who submits,
+cancels, leaves, dies and attaches again."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from herder_coordinator.core import events
-from herder_shared.ids import BlobId, Incarnation, JobId, WorkloadKey
-from herder_shared.states import Cause, Outcome
+from herder.connection import Connection, Endpoint
+from herder.outbox import Batch
+from herder.payload import PickledFunction
+from herder.tracks import Track
+from herder_shared.errors import HerderError
+from herder_shared.ids import BlobId, Incarnation, JobId, NodeName, WorkloadKey, blob_id
 from herder_shared.wire.messages import (
     CancelOk,
     Function,
@@ -15,264 +22,335 @@ from herder_shared.wire.messages import (
     Message,
     Payload,
     SubmitOk,
-    SubmitRefused,
     TaskEnd,
     TaskItem,
     TaskOptions,
-    TasksEnded,
     WorkloadSpec,
 )
-from sim.history import History, TaskKey, Violation
-from sim.world import Wire, World
+from herder_shared.wire.session import Peer
+from sim.agent import MEMORY_BYTES, break_link, cut_off
+from sim.coordinator import CLUSTER
+from sim.history import History, Plan, TaskKey, Violation
+from sim.network import Network, SimDialler
+from sim.world import Program, World, new_program
 
 if TYPE_CHECKING:
-    from sim.coordinator import Coordinator
     from sim.run import Faults
 
-FUNCTIONS = [Function(BlobId(f"{n:040x}"), b"code") for n in range(3)]
+_CODE = [b"code %d" % n for n in range(3)]
+FUNCTIONS = [PickledFunction(Function(blob_id(code), code), None, (), False, "f") for code in _CODE]
+#: The third is too large to travel inside messages.
+FUNCTIONS[2] = PickledFunction(Function(blob_id(_CODE[2]), b""), _CODE[2], (), False, "g")
+ARGUMENTS = [b"large argument %d" % n for n in range(4)]
 
 
-@dataclass
-class Plan:
-    """A job as it is going to be submitted, and how far that is."""
+class SimConnection(Connection):
+    """The shipped connection; what it is told is also told to the history."""
 
-    spec: JobSpec
-    tasks: list[TaskItem]
-    #: In which pieces.
-    cuts: list[int]
-    is_opened: bool = False
+    def __init__(self, history: History, incarnation: Incarnation, owner: str) -> None:
+        super().__init__(Endpoint((("coordinator", 1),), Path(), CLUSTER, "simulated"), None)
+        self.history = history
+        self._incarnation = incarnation
+        self.owner = owner
+
+    def begin(self, program: Program) -> None:
+        """What `_serve` does before it waits."""
+        self._ending = asyncio.Event()
+        self._loop = program
+        self._start_loss_timers()
+        self._turn()
+
+    @property
+    def is_over(self) -> bool:
+        return self._ending is not None and self._ending.is_set()
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case SubmitOk():
+                if message.job in self._tracks and not self._tracks[message.job].is_observer:
+                    self.history.acknowledge(message.job, message.upto)
+            case CancelOk():
+                plan = self.history.plans[message.job]
+                if message.indices is None:
+                    plan.cancelled = True
+                else:
+                    plan.cancelled_indices.update(message.indices)
+            case _:
+                pass
+        super()._receive(message)
+
+
+@dataclass(eq=False)
+class Job:
+    """One job as the user has it, and the sink of its events."""
+
+    client: Client
+    plan: Plan
+    #: How many tasks in each piece that is still to be submitted.
+    pieces: list[int]
+    function: PickledFunction
+    track: Track | None = None
     is_closed: bool = False
-    released: int = 0
-    acknowledged: int = 0
-    cursor: int = 0
-    ends: list[TaskEnd] = field(default_factory=list)
-    cancels: list[tuple[int, ...] | None] = field(default_factory=list)
+    ends: dict[int, TaskEnd] = field(default_factory=dict)
+    is_lost: bool = False
+
+    @property
+    def id(self) -> JobId:
+        return self.plan.spec.job
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_lost or (not self.pieces and self.is_closed and len(self.ends) == len(self.plan.items))
+
+    # What the connection calls.
+
+    def started(self, tasks: Sequence[tuple[int, NodeName]]) -> None:
+        for index, _ in tasks:
+            if index >= len(self.plan.items):
+                raise Violation(f"{self.id}.{index} is said to run, and was never submitted")
+
+    def ended(self, ends: Sequence[TaskEnd]) -> None:
+        for end in ends:
+            self.client.history.see(self.client.name, (self.id, end.index), end)
+            self.ends[end.index] = end
+
+    def reset(self, indices: Sequence[int]) -> None:
+        raise Violation(f"{self.id}: {indices} are run again, and nobody asked for it")
+
+    def lost(self, first: int, error: HerderError | None) -> None:
+        if error is not None and not self.client.may_lose(self, error):
+            raise Violation(f"client {self.client.name} is told that {self.id} from {first} on is lost: {error}")
+        self.is_lost = True
 
 
 class Client:
-    def __init__(self, world: World, coordinator: Coordinator, history: History, faults: Faults, name: str) -> None:
+    """One client process: jobs of its own, or (a watcher) those that another one has left detached."""
+
+    def __init__(  # noqa: PLR0917
+        self, world: World, network: Network, history: History, faults: Faults, name: str, watched: list[Job]
+    ) -> None:
         self.world = world
-        self.coordinator = coordinator
+        self.network = network
         self.history = history
         self.faults = faults
-        self.incarnation = Incarnation(name)
-        self.owner = f"owner of {name[0]}"
-        self.plans: list[Plan] = []
-        self.wire: Wire | None = None
-        self.life = 0
-        self.session = 0
-        self.is_gone = False
-        self._plan_jobs()
-        self._connect()
+        self.name = name
+        self.is_dead = False
+        self.is_leaving = False
+        self.jobs: list[Job] = []
+        self.program = new_program(world, name)
+        self.connection = SimConnection(history, Incarnation(name), f"owner of {name[0]}")
+        self.dialler = SimDialler(
+            network,
+            self.program,
+            name,
+            Peer("admin", name, CLUSTER, "3"),
+            hello=self.connection._hello,
+            observer=self.connection,
+            refused=self._refused,
+        )
+        self.program.enter(self.connection.begin, self.program)
+        self.program.call_soon(self.dialler.start)
+        if watched:
+            for job in watched:
+                self._watch(job)
+        else:
+            for number in range(world.random.choice([1, 1, 2, 3])):
+                self._plan(number)
+            self._proceed()
+
+    def _refused(self, error: HerderError) -> None:
+        raise Violation(f"client {self.name} was refused for good: {error}")
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
-    def _plan_jobs(self) -> None:
-        random = self.world.random
-        for number in range(random.randint(1, 3)):
-            job = JobId(f"{self.incarnation}-job{number}")
-            at_most_once = self.world.chance(0.3)
-            options = TaskOptions(
-                cores=random.choice([1.0, 1.0, 0.5, 2.0]),
-                retries=0 if at_most_once else random.choice([0, 0, 2]),
-                backoff_s=random.choice([0.0, 0.0, 0.3]),
-                idempotent=not at_most_once,
-                priority=random.choice([0, 0, 1]),
-                nodes=random.choice([(), (), ("even",)]) if self.faults.labels else (),
-            )
-            workload = WorkloadSpec(WorkloadKey(f"w{random.randint(0, 1)}"))
-            kind = "array" if self.world.chance(0.5) else "submit"
-            spec = JobSpec(job, job, workload, options, self.owner, kind="array" if kind == "array" else "submit")
-            count = random.randint(0, self.faults.tasks)
-            tasks = [self._plan_task(job, index) for index in range(count)]
-            cuts = (
-                sorted({*random.sample(range(1, count), min(count - 1, random.randint(0, 5))), count}) if count else []
-            )
-            self.plans.append(Plan(spec, tasks, cuts))
-            if at_most_once:
-                self.history.at_most_once.update((job, index) for index in range(count))
+    def _plan(self, number: int) -> None:
+        random, faults = self.world.random, self.faults
+        job = JobId(f"{self.name}-job{number}")
+        at_most_once = self.world.chance(0.4)
+        options = TaskOptions(
+            cores=random.choice([1.0, 1.0, 0.5, 2.0]),
+            memory_bytes=random.choice([0, MEMORY_BYTES // 4]),
+            retries=random.choice([0, 0, 2]),
+            backoff_s=random.choice([0.0, 0.0, 0.3]),
+            idempotent=not at_most_once,
+            priority=random.choice([0, 0, 1]),
+            nodes=random.choice([(), (), ("even",)]) if faults.labels else (),
+            timeout_s=faults.task_s * 20 + 1 if faults.overruns else None,
+            max_crashes=random.choice([3, 3, 0, 100]),
+        )
+        kind = random.randint(0, 2)
+        workload = WorkloadSpec(
+            WorkloadKey(f"w{kind}"),
+            start="fresh" if kind == 2 else "auto",
+            max_tasks_per_child=0 if kind == 1 else 1,
+        )
+        is_array = self.world.chance(0.5)
+        spec = JobSpec(
+            job,
+            job,
+            workload,
+            options,
+            self.connection.owner,
+            detached=self.world.chance(faults.detached),
+            kind="array" if is_array else "submit",
+        )
+        count = random.randint(0, faults.tasks)
+        pieces = []
+        while count:
+            pieces.append(count if self.world.chance(0.3) else random.randint(1, count))
+            count -= pieces[-1]
+        plan = self.history.plans[job] = Plan(spec)
+        own = Job(self, plan, pieces, random.choice(FUNCTIONS))
+        self.jobs.append(own)
 
-    def _plan_task(self, job: JobId, index: int) -> TaskItem:
-        random = self.world.random
-        deps: list[TaskKey] = []
-        if self.world.chance(self.faults.dependencies):
-            for _ in range(random.randint(1, 3)):
-                earlier = [plan for plan in self.plans if plan.tasks]
-                if index and self.world.chance(0.7):
-                    deps.append((job, random.randrange(index)))
-                elif earlier:
-                    plan = random.choice(earlier)
-                    deps.append((plan.spec.job, random.randrange(len(plan.tasks))))
-        key = f"{job}.{index}"
-        is_blob = self.world.chance(0.1)
-        args = Payload(b"", BlobId(f"args {random.randint(0, 3)}"), 100_000) if is_blob else Payload(key.encode())
-        return TaskItem(args, tuple(deps))
+    def _watch(self, job: Job) -> None:
+        mine = Job(self, job.plan, [], job.function, is_closed=True)
+        mine.track = self.connection.observe_job(job.id, mine)
+        self.jobs.append(mine)
 
-    # --- connection --------------------------------------------------------------------------------------------------
-
-    def _connect(self) -> None:
-        if self.is_gone or self.wire is not None:
-            return
-        wire = Wire(self.world, self.faults.delay_s)
-        session = self.coordinator.client_connects(wire, self, self.incarnation, self.owner)
-        if not session:
-            self.world.after(0.1 + self.world.random.random() * 2, self._connect)
-            return
-        self.wire, self.life, self.session = wire, self.coordinator.life, session
-        for plan in self.plans:
-            for indices in plan.cancels:
-                self._say(events.CancelRequested(self.incarnation, plan.spec.job, indices, running=True))
-            if self._is_settled(plan):
-                continue
-            if plan.is_opened:
-                self._say(events.Attached(self.incarnation, plan.spec.job, self._ackable(plan)))
-            else:
-                self._say(events.JobOpened(self.incarnation, plan.spec))
-            self._submit(plan, plan.acknowledged, plan.released)
-        self._proceed(wire)
-
-    def _is_settled(self, plan: Plan) -> bool:
-        return plan.is_closed and len(plan.ends) == len(plan.tasks) == self._ackable(plan)
-
-    def is_done(self) -> bool:
-        return self.is_gone or all(
-            plan.is_closed and len(plan.ends) == len(plan.tasks) and not plan.cancels for plan in self.plans
+    def may_lose(self, job: Job, error: HerderError) -> bool:
+        """Whether it is no wonder that the cluster knows nothing of this job (any more)."""
+        return (
+            self.is_leaving
+            or job.plan.is_abandoned
+            or (job.track is not None and job.track.is_observer and "JobNotFound" in type(error).__name__)
         )
 
-    def closed(self, wire: Wire) -> None:
-        if self.wire is wire:
-            self.wire = None
-            self.world.after(self.world.random.random() * 2, self._connect)
+    # --- what the user does ------------------------------------------------------------------------------------------
 
-    def break_link(self) -> None:
-        if self.wire is None or self.wire.broken:
+    def _proceed(self) -> None:
+        """Submit the next piece of some job, now and then, until all is submitted; at last leave."""
+        if self.is_dead or self.is_leaving:
             return
-        wire, life = self.wire, self.life
-        gone = events.ClientDisconnected(self.incarnation, self.session)
-        wire.cut([lambda: self.closed(wire), lambda: self.coordinator.receive(life, gone)])
-
-    def vanish(self) -> None:
-        self.is_gone = True
-        self.break_link()
-
-    def _say(self, event: events.Event) -> None:
-        if self.wire is not None:
-            self.coordinator.post_client(self.wire, self.life, self.incarnation, event)
-
-    # --- what it does ------------------------------------------------------------------------------------------------
-
-    def _proceed(self, wire: Wire) -> None:
-        """Submit the next piece of some job, now and then, until all is submitted."""
-        if self.wire is not wire or self.is_gone:
-            return
-        for plan in self.plans:
-            left = [cut for cut in plan.cuts if cut > plan.released]
-            if left:
-                first, plan.released = plan.released, left[0]
-                self._submit(plan, first, plan.released)
+        for job in self.jobs:
+            if job.track is None:
+                job.track = self.connection.open_job(job.plan.spec, job)
+            if job.is_lost:
+                job.pieces.clear()
+                job.is_closed = True
+            if job.pieces:
+                self._submit(job, job.pieces.pop(0))
                 break
-            if not plan.is_closed and plan.acknowledged == len(plan.tasks) and plan.is_opened:
-                self._say(events.JobClosed(self.incarnation, plan.spec.job, len(plan.tasks)))
-        if not all(plan.is_closed for plan in self.plans):
-            self.world.after(self.world.random.random() * self.faults.pause_s, lambda: self._proceed(wire))
+            if not job.is_closed:
+                job.is_closed = True
+                self.connection.close_job(job.track)
+        if all(job.is_closed for job in self.jobs):
+            self._leave_when_done()
+        else:
+            self.world.after(self.world.random.random() * self.faults.pause_s, self._proceed)
 
-    def _submit(self, plan: Plan, first: int, upto: int) -> None:
+    def _leave_when_done(self) -> None:
+        """Not before what is its own has ended; what is detached may go on without it."""
+        if self.is_dead or self.is_leaving:
+            return
+        if all(job.is_done or (job.plan.spec.detached and self.world.chance(0.2)) for job in self.jobs):
+            self.is_leaving = True
+            for job in self.jobs:
+                job.plan.is_abandoned |= not job.is_done
+            self.connection.retire()
+        else:
+            self.world.after(1.0, self._leave_when_done)
+
+    def _submit(self, job: Job, count: int) -> None:
+        assert job.track is not None
+        tasks = [self._task(job, len(job.plan.items), number) for number in range(count)]
+        blobs = [blob for _, _, own in tasks for blob in own]
+        if job.function.blob is not None:
+            blobs.append((job.function.function.id, job.function.blob))
+        batch = Batch(
+            job.id,
+            0,
+            job.function,
+            "",
+            [item for item, _, _ in tasks],
+            sum(len(item.args.inline) + 64 for item, _, _ in tasks),
+            [claim for _, claims, _ in tasks for claim in claims],
+            blobs,
+        )
+        job.plan.items += batch.items
+        self.connection.submit(job.track, batch, lambda _first: None)
+
+    def _task(self, job: Job, first: int, number: int) -> tuple[TaskItem, list[TaskKey], list[tuple[BlobId, bytes]]]:
+        """A task, what it claims, and the blobs which it comes with."""
         random = self.world.random
-        while first < upto:
-            size = upto - first if self.world.chance(0.8) else random.randint(1, upto - first)
-            function = FUNCTIONS[hash_of(plan.spec.job) % 3]
-            tasks = tuple(plan.tasks[first : first + size])
-            self._say(events.TasksSubmitted(self.incarnation, plan.spec.job, first, function, tasks, ""))
-            first += size
+        index = first + number
+        claims: list[TaskKey] = []
+        if self.world.chance(self.faults.dependencies):
+            for _ in range(random.randint(1, 3)):
+                claims += self._depend(job, index)
+        if self.world.chance(self.faults.blobs):
+            content = random.choice(ARGUMENTS)
+            name = blob_id(content)
+            return TaskItem(Payload(b"", name, len(content)), tuple(claims)), claims, [(name, content)]
+        return TaskItem(Payload(f"{job.id}.{index}".encode()), tuple(claims)), claims, []
+
+    def _depend(self, job: Job, index: int) -> list[TaskKey]:
+        """An earlier task of this client's, as `calls.Dependencies` does it: claimed, or its value is here already."""
+        random = self.world.random
+        on = job if index and self.world.chance(0.7) else random.choice(self.jobs)
+        count = index if on is job else len(on.plan.items)
+        if not count or on.track is None or on.is_lost:
+            return []
+        key = (on.id, random.randrange(count))
+        if key[1] in on.ends:
+            return []
+        self.connection.claim(*key)
+        return [key]
 
     def cancel_something(self) -> None:
-        plan = self.world.random.choice(self.plans)
-        if self.is_gone or not plan.is_opened or plan.cancels:
+        job = self.world.random.choice(self.jobs)
+        if self.is_dead or self.is_leaving or job.track is None or job.track.is_observer:
             return
-        if self.world.chance(0.3):
-            plan.cancels.append(None)
-        elif plan.acknowledged:
-            count = self.world.random.randint(1, plan.acknowledged)
-            plan.cancels.append(tuple(sorted(self.world.random.sample(range(plan.acknowledged), count))))
-        for indices in plan.cancels:
-            running = self.world.chance(0.5)
-            self._say(events.CancelRequested(self.incarnation, plan.spec.job, indices, running))
+        count = len(job.plan.items)
+        indices: tuple[int, ...] | None = None
+        if count and self.world.chance(0.7):
+            some = self.world.random.sample(range(count), self.world.random.randint(1, count))
+            indices = tuple(sorted(some))
+        job.plan.cancels = True
+        self.connection.cancel(job.id, indices, running=self.world.chance(0.6))
 
-    # --- what it hears -----------------------------------------------------------------------------------------------
+    # --- what goes wrong ---------------------------------------------------------------------------------------------
 
-    def receive(self, wire: Wire, message: Message) -> None:
-        if wire is not self.wire or self.is_gone:
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.is_dead or self.connection.is_over:
             return
-        match message:
-            case SubmitOk():
-                self._submit_ok(self._plan(message.job), message.upto)
-            case TasksEnded():
-                self._ended(self._plan(message.job), message)
-            case CancelOk():
-                plan = self._plan(message.job)
-                plan.cancels = [each for each in plan.cancels if each != message.indices]
-            case SubmitRefused():
-                plan = self._plan(message.job)
-                if not (message.error == "JobNotFound" and self._is_settled(plan)):
-                    raise Violation(f"a client was refused: {message}")
-            case _:
-                pass
+        self.is_dead = True
+        self.program.kill()
+        self.network.program_died(self.program, tells=self.world.chance(0.7))
+        for job in self.jobs:
+            job.plan.is_abandoned = True
 
-    def _plan(self, job: JobId) -> Plan:
-        return next(plan for plan in self.plans if plan.spec.job == job)
+    def stop(self, seconds: float) -> None:
+        """SIGSTOP."""
+        self.program.halt(seconds)
+        # A coordinator which does not hear of it for a lease has its jobs cancelled.
+        for job in self.jobs:
+            job.plan.is_abandoned = True
 
-    def _submit_ok(self, plan: Plan, upto: int) -> None:
-        if upto > plan.released:
-            raise Violation(f"{upto} tasks of {plan.spec.job} were acknowledged, and {plan.released} sent")
-        if plan.acknowledged == len(plan.tasks) == upto and plan.is_opened:
-            # The answer to the close, or a repetition which says no less.
-            job = self.coordinator.state.jobs.get(plan.spec.job)
-            plan.is_closed = job is None or job.closed
-        plan.is_opened = True
-        plan.acknowledged = max(plan.acknowledged, upto)
-        self.history.acknowledged.update((plan.spec.job, index) for index in range(upto))
+    def break_link(self) -> None:
+        if self.faults.silent_share:  # it may take a lease to be noticed, which is longer than the grace
+            for job in self.jobs:
+                job.plan.is_abandoned = True
+        break_link(self.world, self.network, self.name, self.faults)
 
-    def _ended(self, plan: Plan, message: TasksEnded) -> None:
-        if message.cursor > plan.cursor:
-            # Those before it went down with an older connection: read on from what is here.
-            self._say(events.Attached(self.incarnation, plan.spec.job, self._ackable(plan)))
-            return
-        for end in message.ends[plan.cursor - message.cursor :]:
-            self.history.see((plan.spec.job, end.index), end)
-            self._check_end(plan, end)
-            plan.ends.append(end)
-            plan.cursor += 1
-        if self.world.chance(0.8):
-            self._acknowledge(plan)
-        else:
-            self.world.after(self.world.random.random() * 3, lambda: self._acknowledge(plan))
+    def cut_off(self, seconds: float) -> None:
+        for job in self.jobs:
+            job.plan.is_abandoned = True
+        cut_off(self.world, self.network, self.name, seconds)
 
-    def _check_end(self, plan: Plan, end: TaskEnd) -> None:
-        if end.failure is not None:
-            root = end.failure.root_failure or end.failure
-            if root.cause is Cause.DATA_LOST:
-                raise Violation(f"{plan.spec.job}.{end.index}: {end.failure.message}")
-        if end.outcome is Outcome.SUCCEEDED:
-            key = f"{plan.spec.job}.{end.index}"
-            if end.result is None or (end.result.inline != key.encode() and end.result.blob != f"result {key}"):
-                raise Violation(f"{key} returned {end.result}")
-            for job, index in plan.tasks[end.index].deps:
-                dependency = self.history.seen.get((job, index))
-                if dependency is not None and dependency.outcome is not Outcome.SUCCEEDED:
-                    raise Violation(f"{key} succeeded, and {job}.{index}, which it needs, did not")
+    # --- the end -----------------------------------------------------------------------------------------------------
 
-    def _ackable(self, plan: Plan) -> int:
-        """Values of tasks on which unacknowledged ones depend must not be let go."""
-        claimed = {key for each in self.plans for item in each.tasks[each.acknowledged :] for key in item.deps}
-        for cursor, end in enumerate(plan.ends):
-            if (plan.spec.job, end.index) in claimed:
-                return cursor
-        return plan.cursor
+    @property
+    def is_over(self) -> bool:
+        if not self.is_dead and self.connection.is_over and not self.dialler.is_closed:
+            self.program.enter(self.dialler.end)
+        return self.is_dead or self.connection.is_over
 
-    def _acknowledge(self, plan: Plan) -> None:
-        self._say(events.EventsAcked(self.incarnation, plan.spec.job, self._ackable(plan)))
-
-
-def hash_of(text: str) -> int:
-    """Like `hash`, the same in every process."""
-    return sum(text.encode())
+    def unfinished(self) -> list[str]:
+        return [
+            f"{job.id}: {len(job.ends)} of {len(job.plan.items)} ended, {job.plan.upto} acknowledged, "
+            f"{len(job.pieces)} pieces to come, closed {job.is_closed}, lost {job.is_lost}"
+            for job in self.jobs
+            if not job.is_done
+        ]

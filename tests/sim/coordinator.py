@@ -1,274 +1,277 @@
-"""The real core in a simulated shell: sessions, a journal that takes its time, crashes, stalls."""
+"""The shipped coordinator without sockets, TLS, HTTP and metrics: its core, loop, links, transfers and replay, over the
+lives that crashes give it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from herder_coordinator.core import effects, events
-from herder_coordinator.core.records import Record
-from herder_coordinator.core.snapshot import snapshot
+from herder_coordinator.core.effects import Observe
 from herder_coordinator.core.state import State, check_invariants, new_state
-from herder_coordinator.core.step import finish_replay, replay_record, step
-from herder_coordinator.core.views import is_blob_needed
-from herder_shared.ids import BlobId, ClusterId, Incarnation, NodeName
-from herder_shared.wire.messages import Message, NodeFacts, StartAttempts, TasksEnded
+from herder_coordinator.core.step import finish_replay, replay_record
+from herder_coordinator.journal.interface import JournalError
+from herder_coordinator.server.blobs import BlobStore, IncomingBlob
+from herder_coordinator.server.server import SWEEP_S, Server
+from herder_shared.config import CoordinatorConfig
+from herder_shared.ids import BlobId, ClusterId, blob_id
+from herder_shared.limits import BLOB_CHUNK_BYTES
+from herder_shared.wire import stream
+from herder_shared.wire.connection import Connection
+from herder_shared.wire.messages import WorkloadReport
+from herder_shared.wire.session import Peer
+from herder_shared.wire.stream import Acceptor
 from sim.digest import digest
-from sim.disk import Disk
 from sim.history import History, Violation
-from sim.world import Wire, World
+from sim.journal import SimJournal, Storage
+from sim.network import Network
+from sim.world import Program, World, new_program
+
+if TYPE_CHECKING:
+    from sim.run import Faults
 
 CLUSTER = ClusterId("c" * 32)
+IDENTITY = Peer("coordinator", "coordinator", CLUSTER, "1")
+#: One step in so many is followed by a look at all invariants, where the seed has that at all.
+CHECK_EVERY = 4
 
 
-class Peer(Protocol):
-    def receive(self, wire: Wire, message: Message) -> None: ...
-    def closed(self, wire: Wire) -> None: ...
+class _Disk:
+    """Where a store's threads work: it does what they would at once."""
+
+    def __init__(self, contents: dict[BlobId, bytes]) -> None:
+        self.contents = contents
+
+    def submit(self, _unlink: Callable[..., object], paths: Iterable[Path]) -> None:
+        for path in paths:
+            self.contents.pop(cast("BlobId", path), None)
+
+
+class _Incoming(IncomingBlob):
+    """A blob that is written to the simulated disk."""
+
+    def __init__(self, blob: BlobId, contents: dict[BlobId, bytes]) -> None:
+        self._name = blob
+        self._contents = contents
+        self._bytes = b""
+
+    def write(self, data: bytes) -> None:
+        self._bytes += bytes(data)
+
+    def finish(self) -> None:
+        assert blob_id(self._bytes) == self._name, "a blob came together wrongly"
+        self._contents[self._name] = self._bytes
+
+    def abandon(self) -> None:
+        pass
+
+
+class SimBlobs(BlobStore):
+    """The shipped store's account of a simulated disk."""
+
+    def __init__(self, contents: dict[BlobId, bytes]) -> None:
+        self._contents = contents
+        self._sizes = {}
+        self._orphans = {}
+        self._review_s = 0.0
+        self._threads = _Disk(contents)  # type: ignore[assignment]
+
+    def open(self, named: Iterable[BlobId], now_s: float) -> None:
+        self._sizes = {blob: len(content) for blob, content in self._contents.items()}
+        wanted = set(named)
+        self._review_s = now_s + 600.0
+        self._orphans = {blob: now_s + 600.0 for blob in self._sizes if blob not in wanted}
+
+    def read(self, blob: BlobId, offset: int) -> asyncio.Future[bytes]:
+        return self.run(lambda: self._read(blob, offset))
+
+    def _read(self, blob: BlobId, offset: int) -> bytes:
+        if blob not in self._contents:
+            raise FileNotFoundError(blob)
+        return self._contents[blob][offset : offset + BLOB_CHUNK_BYTES]
+
+    def incoming(self, blob: BlobId, tag: str) -> IncomingBlob:
+        return _Incoming(blob, self._contents)
+
+    def close(self) -> None:
+        pass
+
+    def _path(self, blob: BlobId) -> Path:
+        return cast("Path", blob)
+
+
+class _NoMetrics:
+    def workload_reported(self, _node: str, _report: WorkloadReport) -> None: ...
+
+
+class Life(Server):
+    """One life of the shipped server. What differs: no HTTP, no metrics, a simulated disk, and no clean end."""
+
+    def __init__(self, coordinator: Coordinator, program: Program) -> None:
+        faults = coordinator.faults
+        config = CoordinatorConfig(
+            identity=Path(),
+            state_dir=Path(),
+            lease_s=faults.lease_s,
+            heartbeat_s=faults.heartbeat_s,
+            disconnect_grace_s=faults.disconnect_grace_s,
+        )
+        self.coordinator = coordinator
+        self.program = program
+        self._steps = 0
+        self._prepare(config, coordinator.open_journal, CLUSTER, SimBlobs(coordinator.blobs))
+        self.metrics = cast("Any", _NoMetrics())
+
+    def begin(self) -> None:
+        """Start, in the shipped order."""
+        loop = self.program
+        journal, state, effects = self._replay(loop.time())
+        self.coordinator.check_replayed(state, loop.time())
+        self._assemble(journal, state, effects)
+        acceptor = self._acceptor = Acceptor(
+            context=cast("Any", None), cluster=CLUSTER, welcome=self._welcome, observer=self
+        )
+        _run_now(acceptor.listen("", 0))
+        self.coordinator.network.listen(loop, lambda: _accepted(acceptor), IDENTITY)
+        loop.call_later(SWEEP_S, self._sweep_blobs)
+
+    def _sweep_blobs(self) -> None:
+        self._sweep()
+        self.program.call_later(SWEEP_S, self._sweep_blobs)
+
+    def _failed(self, error: Exception) -> None:
+        """Fail-stop: the program ends, and is started again."""
+        self._failure = error
+        self.coordinator.failed(error)
+
+    def observe(self, observation: Observe) -> None:
+        pass
+
+    def observe_decision(self, seconds: float) -> None:
+        self._steps += 1
+        self.coordinator.history.events += 1
+        if self.coordinator.faults.is_checked and not self._steps % CHECK_EVERY:
+            check_invariants(self.state)
+
+    def observe_commit(self, seconds: float) -> None:
+        pass
+
+    @property
+    def state(self) -> State:
+        assert self._core is not None
+        return self._core.state
+
+
+def _accepted(acceptor: Acceptor) -> Connection:
+    return stream._Accepted(acceptor)
+
+
+def _run_now(work: Coroutine[Any, Any, object]) -> None:
+    """Run a coroutine that waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waits")
 
 
 class Coordinator:
-    def __init__(self, world: World, history: History, sync_s: Callable[[], float]) -> None:
+    """The coordinator's machine: its disk, and one life after another."""
+
+    def __init__(self, world: World, network: Network, history: History, faults: Faults) -> None:
         self.world = world
+        self.network = network
         self.history = history
-        self.disk = Disk()
-        #: The blob store: it survives crashes.
-        self.blobs: set[BlobId] = set()
-        self.is_up = False
-        self.stalled_until_s = 0.0
-        self.life = 0
-        self._sync_s = sync_s
-        self._sessions = 0
-        self._agents: dict[NodeName, tuple[int, Wire, Peer]] = {}
-        self._clients: dict[Incarnation, tuple[int, Wire, Peer]] = {}
-        self._inbox: list[Callable[[], None]] = []
-        self._held: list[tuple[int, list[effects.Effect]]] = []
-        self._written = 0
-        self._synced = 0
-        self._is_syncing = False
-        self.state: State = new_state(CLUSTER, 0)
+        self.faults = faults
+        self.storage = Storage()
+        self.blobs: dict[BlobId, bytes] = {}
+        self.life: Life | None = None
+        self.program = new_program(world, "coordinator")
         self.start()
 
-    # --- lives -------------------------------------------------------------------------------------------------------
+    @property
+    def is_up(self) -> bool:
+        return self.life is not None
+
+    def open_journal(self, _folder: Path, cluster: ClusterId) -> SimJournal:
+        random, faults = self.world.random, self.faults
+        return SimJournal(
+            self.storage, self.program, cluster, lambda: random.random() * 2 * faults.sync_s, faults.disk_errors
+        )
 
     def start(self) -> None:
-        """A new life: epoch, replay, snapshot, as the program does it."""
-        self.life += 1
-        epoch = self.disk.epoch + 1
-        self.state = new_state(CLUSTER, epoch)
-        for record in self.disk.read():
-            replay_record(self.state, record)
-        finish_replay(self.state, self.world.now_s)
-        records = snapshot(self.state)
-        self._check_replay(records)
-        self.disk.replace(epoch, records)
-        self.is_up = True
-        self._dropping: Counter[BlobId] = Counter()
-        self._held, self._written, self._synced, self._is_syncing = [], 0, 0, False
-        self._tick(self.life)
+        """A new life."""
+        random, faults = self.world.random, self.faults
+        self.history.lives += 1
+        self.program = new_program(self.world, "coordinator", lambda: random.random() * faults.sync_s)
+        self.life = life = Life(self, self.program)
+        self.program.enter(life.begin)
 
-    def _check_replay(self, records: list[Record]) -> None:
-        again = new_state(CLUSTER, self.state.epoch)
-        for record in records:
-            replay_record(again, record)
-        finish_replay(again, self.world.now_s)
-        if digest(again) != digest(self.state):
-            raise Violation(f"a snapshot gives another state:\n{digest(self.state)}\n{digest(again)}")
+    def check_replayed(self, state: State, now_s: float) -> None:
+        """Nothing that was acknowledged is missing, and the snapshot that was just written says the same as the
+        journal did."""
+        self.history.check_replay(state)
+        if self.faults.is_checked:
+            self._compare(state, now_s, "the snapshot")
 
     def check_journal(self) -> None:
-        """What is written so far would give the state that there is."""
-        again = new_state(CLUSTER, self.state.epoch)
-        for record in self.disk.read_all():
+        """The journal says each thing once, and all of it together says what the state is."""
+        if self.life is None or self.program.is_stopped:
+            return
+        core: Any = self.life._core
+        records = self.storage.records()
+        self.history.check_records(records)
+        if not core._lazy:
+            self._compare(core.state, self.program.time(), "the journal")
+
+    def _compare(self, state: State, now_s: float, what: str) -> None:
+        again = new_state(CLUSTER, state.epoch)
+        for record in self.storage.records():
             replay_record(again, record)
-        finish_replay(again, self.world.now_s)
-        if digest(again) != digest(self.state):
-            raise Violation(f"the journal gives another state:\n{digest(self.state)}\n{digest(again)}")
+        finish_replay(again, now_s)
+        if digest(again) != digest(state):
+            raise Violation(f"{what} gives another state:\n{digest(state)}\n{digest(again)}")
+
+    # --- what goes wrong ---------------------------------------------------------------------------------------------
 
     def crash(self, down_s: float) -> None:
-        if not self.is_up:
+        """SIGKILL, or the power goes: any part of what was not synced is on the disk."""
+        if self.life is None:
             return
-        self.history.crashes += 1
-        self.check_journal()
-        self.is_up = False
-        self.disk.crash(self.world.random.randint(0, len(self.disk.unsynced)))
-        self._inbox.clear()
-        self.stalled_until_s = 0.0
-        connections = [*self._agents.values(), *self._clients.values()]
-        self._agents.clear()
-        self._clients.clear()
-        for _, wire, peer in connections:
-            self._cut(wire, [partial(peer.closed, wire)])
+        if self.faults.is_checked:
+            self.check_journal()
+        self._die()
         self.world.after(down_s, self.start)
 
-    def _cut(self, wire: Wire, tell: list[Callable[[], None]]) -> None:
-        wire.cut(tell)
-        wire.late = False
+    def failed(self, error: Exception) -> None:
+        """It stopped itself."""
+        if not isinstance(error, JournalError):
+            raise error
+        self.world.at(0.0, self._fail_stop)
+
+    def _fail_stop(self) -> None:
+        if self.life is not None:
+            self._die()
+            self.world.after(0.5, self.start)
+
+    def _die(self) -> None:
+        self.life = None
+        self.program.kill()
+        self.network.program_died(self.program, tells=True)
+        self.storage.crash(self.world)
+        self._lose_blobs()
+
+    def _lose_blobs(self) -> None:
+        if self.blobs and self.world.chance(self.faults.blob_losses):
+            self.history.lost_blobs = True
+            del self.blobs[self.world.random.choice(sorted(self.blobs))]
+
+    def fill_disk(self, seconds: float) -> None:
+        """Nothing can be written for a while."""
+        self.storage.full_until_s = max(self.storage.full_until_s, self.world.now_s + seconds)
 
     def stall(self, seconds: float) -> None:
-        self.stalled_until_s = self.world.now_s + seconds
-        self.world.after(seconds, self._drain)
-
-    # --- connections -------------------------------------------------------------------------------------------------
-
-    def agent_connects(self, wire: Wire, peer: Peer, facts: NodeFacts, incarnation: Incarnation) -> int:
-        """Returns the session, which travels in the welcome. 0: nobody answers."""
-        if not self.is_up or self._is_stalled():
-            return 0
-        self._sessions += 1
-        session = self._sessions
-        self._agents[facts.node] = (session, wire, peer)
-        self.handle(events.AgentConnected(facts, incarnation, session))
-        return session
-
-    def client_connects(self, wire: Wire, peer: Peer, incarnation: Incarnation, owner: str) -> int:
-        if not self.is_up or self._is_stalled():
-            return 0
-        self._sessions += 1
-        self._clients[incarnation] = (self._sessions, wire, peer)
-        self.handle(events.ClientConnected(incarnation, self._sessions, owner))
-        return self._sessions
-
-    def post(self, wire: Wire, life: int, event: events.Event) -> None:
-        """A message on its way to this life; one that has ended gets nothing."""
-        wire.send(0, lambda: self.receive(life, event))
-
-    def receive(self, life: int, event: events.Event) -> None:
-        if self.is_up and life == self.life:
-            self.handle(event)
-
-    def post_client(self, wire: Wire, life: int, incarnation: Incarnation, event: events.Event) -> None:
-        """As the shell does it: what comes from a client's older connection is dropped."""
-
-        def deliver() -> None:
-            entry = self._clients.get(incarnation)
-            if entry is not None and entry[1] is wire:
-                self.receive(life, event)
-
-        wire.send(0, deliver)
-
-    # --- steps -------------------------------------------------------------------------------------------------------
-
-    def _is_stalled(self) -> bool:
-        return self.world.now_s < self.stalled_until_s
-
-    def _drain(self) -> None:
-        if not self._is_stalled():
-            inbox, self._inbox = self._inbox, []
-            for what in inbox:
-                what()
-
-    def _tick(self, life: int) -> None:
-        if self.is_up and life == self.life:
-            if not self._is_stalled():
-                self.handle(events.Ticked())
-            self.world.after(0.5, lambda: self._tick(life))
-
-    def handle(self, event: events.Event) -> None:
-        if not self.is_up:
-            return
-        if self._is_stalled():
-            self._inbox.append(lambda: self.handle(event))
-            return
-        self.history.steps += 1
-        self.blobs |= blobs_of(event)
-        now: list[effects.Effect] = []
-        durable: list[effects.Effect] = []
-        records = []
-        for effect in step(self.state, event, self.world.now_s):
-            if isinstance(effect, effects.Persist):
-                records.append(effect.record)
-            elif getattr(effect, "after", "now") == "durable":
-                durable.append(effect)
-                if isinstance(effect, effects.DropBlobs):
-                    self._dropping.update(effect.blobs)
-            else:
-                now.append(effect)
-        if records or self.history.steps % 8 == 0:
-            check_invariants(self.state)
-        self.disk.write(records)
-        self._written += len(records)
-        self._carry_out(now)
-        if durable:
-            if self._synced == self._written:
-                self._carry_out(durable)
-            else:
-                self._held.append((self._written, durable))
-        self._sync()
-
-    def _sync(self) -> None:
-        if self._is_syncing or not self.disk.unsynced:
-            return
-        self._is_syncing = True
-        life, count = self.life, len(self.disk.unsynced)
-        self.world.after(self._sync_s(), lambda: self._sync_done(life, count))
-
-    def _sync_done(self, life: int, count: int) -> None:
-        if not self.is_up or life != self.life:
-            return
-        if self._is_stalled():
-            self._inbox.append(lambda: self._sync_done(life, count))
-            return
-        self.disk.sync(count)
-        self._synced += count
-        self._is_syncing = False
-        while self._held and self._held[0][0] <= self._synced:
-            self._carry_out(self._held.pop(0)[1])
-        self._sync()
-
-    def _carry_out(self, todo: list[effects.Effect]) -> None:
-        for effect in todo:
-            match effect:
-                case effects.SendToAgent():
-                    self._check_start(effect.message)
-                    entry = self._agents.get(effect.node)
-                    if entry is not None and entry[0] == effect.session:
-                        self._send(entry, effect.message)
-                case effects.SendToClient():
-                    self._check_ends(effect.message)
-                    entry = self._clients.get(effect.client)
-                    if entry is not None:
-                        self._send(entry, effect.message)
-                case effects.DropAgent():
-                    entry = self._agents.get(effect.node)
-                    if entry is not None and entry[0] == effect.session:
-                        del self._agents[effect.node]
-                        _, wire, peer = entry
-                        wire.cut([partial(peer.closed, wire)])
-                case effects.DropBlobs():
-                    self._dropping.subtract(effect.blobs)
-                    unused = {blob for blob in effect.blobs if not self._dropping[blob]}
-                    self.blobs -= {blob for blob in unused if not is_blob_needed(self.state, blob)}
-                case _:
-                    pass
-
-    def _check_start(self, message: Message) -> None:
-        for start in message.attempts if isinstance(message, StartAttempts) else ():
-            for payload in (start.args, *(value for _, _, value in start.deps)):
-                if payload.blob is not None and payload.blob not in self.blobs:
-                    raise Violation(f"{start.job}.{start.index} was started, and its blob {payload.blob} is gone")
-
-    def _check_ends(self, message: Message) -> None:
-        for end in message.ends if isinstance(message, TasksEnded) else ():
-            if end.result is not None and end.result.blob is not None and end.result.blob not in self.blobs:
-                raise Violation(f"the result {end.result.blob} was announced and is gone")
-
-    def _send(self, entry: tuple[int, Wire, Peer], message: Message) -> None:
-        _, wire, peer = entry
-        wire.send(1, lambda: peer.receive(wire, message))
-
-    def answer_heartbeat(self, wire: Wire, peer: Peer, message: Message) -> None:
-        if self.is_up and not self._is_stalled():
-            wire.send(1, lambda: peer.receive(wire, message))
-
-
-def blobs_of(event: events.Event) -> set[BlobId]:
-    """Blobs that were stored before the event was raised."""
-    match event:
-        case events.TasksSubmitted():
-            return {item.args.blob for item in event.tasks if item.args.blob is not None}
-        case events.AttemptsEnded() | events.AgentSynced():
-            ends = event.ends if isinstance(event, events.AttemptsEnded) else event.ended
-            return {end.result.blob for end in ends if end.result is not None and end.result.blob is not None}
-        case _:
-            return set()
+        """SIGSTOP."""
+        if self.life is not None:
+            self.program.halt(seconds)

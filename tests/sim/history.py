@@ -1,12 +1,21 @@
-"""What happened, and what must be true of it."""
+"""What happened, as clients, agents and the journal tell it, and what must be true of it.
+
+Nothing here knows how anything was done. A client says what it submitted, what was acknowledged to it and what it was
+told; an agent says when the code of an attempt ran (the "I ran" line) and what it used; a coordinator that has just
+replayed its journal is asked for everything that was ever acknowledged.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from herder_coordinator.core.records import Record, TasksEnded, TasksSubmitted
+from herder_coordinator.core.state import State
 from herder_shared.ids import AttemptId, JobId
-from herder_shared.wire.messages import TaskEnd
+from herder_shared.states import Cause, Outcome
+from herder_shared.wire.messages import AttemptStart, Failure, JobSpec, Payload, TaskEnd, TaskItem
 
 TaskKey = tuple[JobId, int]
 
@@ -16,28 +25,178 @@ class Violation(AssertionError):
 
 
 @dataclass
+class Plan:
+    """A job as its client means it, and how far that is."""
+
+    spec: JobSpec
+    #: In the order of submission: what was really submitted, after dependencies that had ended were resolved.
+    items: list[TaskItem] = field(default_factory=list)
+    #: Acknowledged to its client.
+    opened: bool = False
+    upto: int = 0
+    #: Of these cancellations the coordinator has said that it has them.
+    cancelled: bool = False
+    cancelled_indices: set[int] = field(default_factory=set)
+    #: Its client asked for some cancellation.
+    cancels: bool = False
+    #: Its client died, or left it behind.
+    is_abandoned: bool = False
+
+
+@dataclass
 class History:
+    plans: dict[JobId, Plan] = field(default_factory=dict)
     #: Every start of user code: attempt and agent process.
     starts: dict[TaskKey, list[tuple[AttemptId, str]]] = field(default_factory=lambda: defaultdict(list))
-    #: Tasks whose submission was acknowledged to a client.
-    acknowledged: set[TaskKey] = field(default_factory=set)
-    #: What each client saw.
-    seen: dict[TaskKey, TaskEnd] = field(default_factory=dict)
-    #: Cancellations that were acknowledged.
-    cancelled: set[TaskKey] = field(default_factory=set)
-    at_most_once: set[TaskKey] = field(default_factory=set)
-    steps: int = 0
-    crashes: int = 0
+    #: Attempts that ended by themselves, so that it is known how: `retries` may follow whatever the task is.
+    ended: set[AttemptId] = field(default_factory=set)
+    #: Tasks whose code ended well once.
+    finished: set[TaskKey] = field(default_factory=set)
+    #: What each client (its incarnation) was told, and what anybody was told of a task.
+    seen: dict[tuple[str, TaskKey], TaskEnd] = field(default_factory=dict)
+    told: dict[TaskKey, TaskEnd] = field(default_factory=dict)
+    #: Nodes to whose agents, links, templates or children something was done.
+    disturbed: set[str] = field(default_factory=set)
+    #: A disk lost a blob, so that tasks may end for want of data.
+    lost_blobs: bool = False
+    lives: int = 0
+    events: int = 0
 
-    def start(self, key: TaskKey, attempt: AttemptId, agent: str) -> None:
-        self.starts[key].append((attempt, agent))
-        if key in self.at_most_once and len(self.starts[key]) > 1:
-            raise Violation(f"{key} may run once, and ran as {self.starts[key]}")
+    # --- what agents say ---------------------------------------------------------------------------------------------
+
+    def start(self, order: AttemptStart, agent: str) -> None:
+        """The code of an attempt begins to run."""
+        key = (order.job, order.index)
+        plan = self.plans.get(order.job)
+        if plan is None or order.index >= len(plan.items):
+            raise Violation(f"{key} runs, and nobody submitted it")
         attempts = [each for each, _ in self.starts[key]]
-        if len(set(attempts)) != len(attempts):
-            raise Violation(f"an attempt of {key} was started twice: {attempts}")
+        if order.attempt in attempts:
+            raise Violation(f"attempt {order.attempt} of {key} was started twice: {self.starts[key]}")
+        self.starts[key].append((order.attempt, agent))
+        options = plan.spec.options
+        if attempts and not options.idempotent and not (options.retries and self.ended.issuperset(attempts)):
+            raise Violation(f"{key} may run once, and ran as {self.starts[key]}")
+        item = plan.items[order.index]
+        if order.args != item.args:
+            raise Violation(f"{key} was given {order.args}, submitted was {item.args}")
+        if [(job, index) for job, index, _ in order.deps] != list(dict.fromkeys(item.deps)):
+            raise Violation(f"{key} needs {item.deps} and got {order.deps}")
+        for job, index, value in order.deps:
+            if (job, index) not in self.finished:
+                raise Violation(f"{key} was released before {job}.{index}, which it needs, had finished")
+            if value != result_of((job, index)):
+                raise Violation(f"{key} got {value} as the value of {job}.{index}")
 
-    def see(self, key: TaskKey, end: TaskEnd) -> None:
-        if key in self.seen:
-            raise Violation(f"a client saw two terminal records of {key}")
-        self.seen[key] = end
+    # --- what clients say --------------------------------------------------------------------------------------------
+
+    def acknowledge(self, job: JobId, upto: int) -> None:
+        """A client was told that its first `upto` tasks are safe."""
+        plan = self.plans[job]
+        plan.opened = True
+        if upto > len(plan.items):
+            raise Violation(f"{upto} tasks of {job} were acknowledged, and {len(plan.items)} submitted")
+        plan.upto = max(plan.upto, upto)
+
+    def see(self, client: str, key: TaskKey, end: TaskEnd) -> None:
+        """A client was told how a task ended."""
+        if (client, key) in self.seen:
+            raise Violation(f"client {client} was told twice how {key} ended")
+        self.seen[client, key] = end
+        first = self.told.setdefault(key, end)
+        if first.outcome is not end.outcome:
+            raise Violation(f"{key} has two terminal records: {first} and {end}")
+        plan = self.plans[key[0]]
+        if key[1] >= len(plan.items):
+            raise Violation(f"{key} ended, and was never submitted")
+        match end.outcome:
+            case Outcome.SUCCEEDED:
+                self._check_success(key, end)
+            case Outcome.CANCELLED:
+                if not plan.cancels and not plan.is_abandoned and not plan.items[key[1]].deps:
+                    raise Violation(f"{key} is cancelled, and nobody asked for it")
+            case Outcome.LOST:
+                self._check_loss(key, end)
+            case _:
+                pass
+        if end.failure is not None and end.failure.cause is Cause.UNSCHEDULABLE and not self.disturbed:
+            raise Violation(f"{key}: {end.failure.message}")
+        if end.failure is not None and _root(end.failure).cause is Cause.DATA_LOST and not self.lost_blobs:
+            raise Violation(f"{key}: {end.failure.message}")
+
+    def _check_success(self, key: TaskKey, end: TaskEnd) -> None:
+        if key not in self.finished:
+            raise Violation(f"{key} succeeded and never ran to its end")
+        expected = content_of(key)
+        if end.result is None or end.result.inline != expected:
+            raise Violation(f"{key} returned {end.result} instead of {expected!r}")
+
+    def _check_loss(self, key: TaskKey, end: TaskEnd) -> None:
+        cause = end.failure.cause if end.failure is not None else None
+        if cause is Cause.NODE_LOST and end.usage.node not in self.disturbed:
+            raise Violation(f"{key} was lost with node {end.usage.node}, to which nothing had happened: {end.failure}")
+
+    # --- what a coordinator says that has just replayed its journal --------------------------------------------------
+
+    def check_replay(self, state: State) -> None:
+        """Whatever was acknowledged is there."""
+        for job_id, plan in self.plans.items():
+            job = state.jobs.get(job_id)
+            if not plan.opened:
+                continue
+            if job is None:
+                if job_id not in state.summaries:
+                    raise Violation(f"job {job_id} was acknowledged, and is not there after a restart")
+                continue
+            if job.count < plan.upto:
+                raise Violation(f"{plan.upto} tasks of {job_id} were acknowledged; {job.count} are there")
+            if plan.cancelled and not job.cancelled:
+                raise Violation(f"the cancellation of {job_id} was acknowledged, and is not there")
+            for index in plan.cancelled_indices:
+                task = job.tasks.get(index)
+                if not job.outcomes[index] and not (task is not None and (task.cancel or task.cancel_pending)):
+                    raise Violation(f"the cancellation of {job_id}.{index} was acknowledged, and is not there")
+        for (job_id, index), end in self.told.items():
+            job = state.jobs.get(job_id)
+            if job is not None and not job.outcomes[index]:
+                raise Violation(
+                    f"a client was told that {job_id}.{index} {end.outcome}; the journal knows nothing of it"
+                )
+
+    def check_records(self, records: Sequence[Record]) -> None:
+        """The journal says each thing once."""
+        ended: set[TaskKey] = set()
+        submitted: dict[JobId, int] = {}
+        for record in records:
+            match record:
+                case TasksEnded():
+                    for end in record.ends:
+                        key = (record.job, end.index)
+                        if key in ended:
+                            raise Violation(f"the journal has two terminal records of {key}")
+                        ended.add(key)
+                case TasksSubmitted():
+                    if record.first < submitted.get(record.job, 0):
+                        raise Violation(f"the journal has tasks from {record.first} on of {record.job} twice")
+                    submitted[record.job] = record.first + len(record.tasks)
+                case _:
+                    pass
+
+
+def _root(failure: Failure) -> Failure:
+    while failure.root_failure is not None:
+        failure = failure.root_failure
+    return failure
+
+
+def content_of(key: TaskKey) -> bytes:
+    """What the task returns."""
+    return f"value of {key[0]}.{key[1]}".encode()
+
+
+def result_of(key: TaskKey) -> Payload:
+    """... as it travels: every fifth by reference."""
+    from herder_shared.ids import blob_id
+
+    content = content_of(key)
+    return Payload(b"", blob_id(content), len(content)) if key[1] % 5 == 0 else Payload(content)

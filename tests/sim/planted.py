@@ -1,0 +1,225 @@
+"""Bugs that are planted in the shipped code, to see that the simulator would find them.
+
+Each is a change of the source of one or a few shipped functions, made while a history runs. Where the source has
+changed so that the change does not fit any more, planting it fails: then this table is to be mended. `tools/simulate
+--planted` prints how many of N seeds catch each.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, cast
+
+from herder import connection as client
+from herder import outbox, tracks
+from herder_agent.core import attempts as agent_attempts
+from herder_agent.core import step as agent_step
+from herder_coordinator.core import agents, apply, clients, ends, lease, ready, turn
+from herder_coordinator.server import loop
+from herder_shared.wire import session
+
+
+@dataclass(frozen=True)
+class Change:
+    """In this function's source, `old` becomes `new`."""
+
+    function: Callable[..., Any]
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    #: What a reader must know to see why it is one.
+    text: str
+    changes: tuple[Change, ...]
+    #: A seed that caught it once: tried first. Seeds mean other histories as the code changes.
+    seed: int = 0
+    #: It shows in fewer than one of a hundred histories.
+    is_rare: bool = False
+
+
+_ackable = cast("property", tracks.Track.ackable).fget
+assert _ackable is not None
+
+BUGS: tuple[Bug, ...] = (
+    Bug(
+        "ack-before-durable",
+        "answers leave while what they acknowledge is being written",
+        (Change(loop.CoreLoop._conclude, 'elif getattr(effect, "after", "now") == "durable":', "elif False:"),),
+    ),
+    Bug(
+        "no-submission-dedupe",
+        "a submission that is repeated makes its tasks twice",
+        (
+            Change(clients.tasks_submitted, "if upto <= job.count:", "if False:"),
+            Change(clients.tasks_submitted, "event.tasks[job.count - event.first :]", "event.tasks"),
+        ),
+    ),
+    Bug(
+        "lazy-assign",
+        "an order for a task that may run once leaves before its record is on disk",
+        (Change(turn.Turn._orders, '"now" if idempotent else "durable"', '"now"'),),
+    ),
+    Bug(
+        "no-epoch-in-attempts",
+        "each life of the coordinator numbers its attempts from the same beginning",
+        (Change(ready._start, "AttemptId(state.epoch,", "AttemptId(1,"),),
+    ),
+    Bug(
+        "no-agent-dedupe",
+        "an agent accepts an attempt again that it has",
+        (
+            Change(
+                agent_step._attempts_ordered, "start.attempt in state.attempts or start.attempt in state.ends", "False"
+            ),
+        ),
+    ),
+    Bug(
+        "no-session-fence",
+        "what comes late from an agent's older connection counts",
+        (Change(agents.session_of, "node is None or not session or node.session != session", "node is None"),),
+    ),
+    Bug(
+        "finishing-race",
+        "an inventory that lists an attempt whose task has ended revives it",
+        (Change(agents._keep, " or job.outcomes[one.index]", ""),),
+    ),
+    Bug(
+        "two-terminals",
+        "a second end of a task is taken as well",
+        (
+            Change(ends.attempt_ended, " or job.outcomes[end.index]", ""),
+            Change(apply.end_task, "assert not job.outcomes[index]", "assert True"),
+        ),
+    ),
+    Bug(
+        "retry-of-at-most-once",
+        "a task that may run once is run again when its node was lost",
+        (Change(ends._after_loss, "not options.idempotent and", "False and"),),
+    ),
+    Bug(
+        "early-result-ack",
+        "an agent is told to forget an end which is not on disk",
+        (Change(turn.Turn._orders, 'AckAttempts(tuple(attempts)), "durable"', 'AckAttempts(tuple(attempts)), "now"'),),
+    ),
+    Bug(
+        "cursor-not-resumed",
+        "a client that reconnects reads on from where it last acknowledged",
+        (
+            Change(
+                client.Connection.closed,
+                "self._outbox.rewind()\n",
+                "self._outbox.rewind()\n    for track in self._tracks.values():\n        track.cursor = track.acked\n",
+            ),
+        ),
+    ),
+    Bug(
+        "outbox-not-rewound",
+        "what was sent on a connection that broke is not said again",
+        (Change(client.Connection.closed, "self._outbox.rewind()\n", "pass\n"),),
+    ),
+    Bug(
+        "cancel-lost-on-restart",
+        "a cancellation is acknowledged and not recorded",
+        (Change(clients.cancel, "turn.record(records.CancelRequested(job.id, indices, running))", "pass"),),
+    ),
+    Bug(
+        "no-stall-forgiveness",
+        "a coordinator that was stopped takes everybody else's silence for death",
+        (Change(lease.forgive_stall, "if late_s <= limits.SELF_STALL_S", "if late_s <= 1e9"),),
+    ),
+    Bug(
+        "dependant-released-early",
+        "a task starts without the values of those that it depends on",
+        (
+            Change(
+                apply.resolve,
+                "            task.waiting += 1\n            state.dependants.setdefault(key, []).append(task)\n",
+                "",
+            ),
+        ),
+    ),
+    Bug(
+        "ends-forgotten",
+        "an agent that reconnects has forgotten the ends which nobody acknowledged",
+        (Change(agent_step._connected, "state.jobs.clear()\n", "state.jobs.clear()\n    state.ends.clear()\n"),),
+    ),
+    Bug(
+        "claims-ignored",
+        "a client acknowledges an end that a submission under way depends on",
+        (Change(_ackable, "min(self.held.values(), default=self.cursor)", "self.cursor"),),
+    ),
+    Bug(
+        "slot-freed-early",
+        "an agent frees a slot when the answer is there, and processes of the attempt still run",
+        (
+            Change(
+                agent_attempts.report_answer,
+                "attempt.dropped = True\n",
+                "attempt.dropped = True\n    state.slots.give_back(attempt.slot)\n"
+                "    state.account.move(attempt.request.cores, CORE_STATE[attempt.phase], None)\n"
+                "    attempt.slot = None\n",
+            ),
+        ),
+    ),
+    Bug(
+        "silence-is-no-news",
+        "an agent that is silent for a lease is waited for on and on",
+        (Change(agents.check_leases, "if state.now_s >= node.lease_s:", "if False:"),),
+    ),
+    Bug(
+        "cancel-acked-once-for-all",
+        "one acknowledgement settles all that a client had cancelled of a job",
+        (
+            Change(
+                outbox.Outbox.cancel_ok,
+                "del self._cancels[position]\n",
+                "del self._cancels[position:]\n",
+            ),
+        ),
+    ),
+    Bug(
+        "no-epoch-fence",
+        "an older life of the coordinator is obeyed after a newer one was seen",
+        (Change(session.check_welcome, "if welcome.epoch < hello.epoch_seen:", "if False:"),),
+    ),
+)
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """While this is entered, the shipped code has the bug.
+
+    Raises:
+        LookupError: the source has changed, and the bug does not fit into it any more.
+    """
+    with ExitStack() as stack:
+        originals: dict[FunctionType, Any] = {}
+        sources: dict[FunctionType, str] = {}
+        for change in bug.changes:
+            function = cast("FunctionType", change.function)
+            originals.setdefault(function, function.__code__)
+            source = sources.get(function) or textwrap.dedent(inspect.getsource(function))
+            if change.old not in source:
+                raise LookupError(f"{bug.name}: {function.__qualname__} has no {change.old!r} any more")
+            sources[function] = source.replace(change.old, change.new)
+        for function, code in originals.items():
+            stack.callback(setattr, function, "__code__", code)
+        for function, source in sources.items():
+            function.__code__ = _compile(function, source)
+        yield
+
+
+def _compile(function: FunctionType, source: str) -> Any:
+    flags = __future__.annotations.compiler_flag
+    names: dict[str, Any] = {}
+    exec(compile(source.removeprefix("@property\n"), f"<planted {function.__qualname__}>", "exec", flags), names)
+    return names[function.__name__].__code__
