@@ -29,7 +29,7 @@ from herder.workload import Workload
 from herder_shared.config import Profile, load_profile, parse_address
 from herder_shared.errors import ConfigError, JobNotFound
 from herder_shared.ids import JobId, NodeName
-from herder_shared.limits import BATCH_TASKS_MAX, NAME_CHARS_MAX
+from herder_shared.limits import BATCH_TASKS_MAX, DISCONNECT_GRACE_S_MAX, NAME_CHARS_MAX
 from herder_shared.wire.messages import CommandSpec, DrainNode, JobSpec, Query
 
 if TYPE_CHECKING:
@@ -385,6 +385,8 @@ class Client(View):
         profile: its name, or a `Profile`; None: `$HERDER_PROFILE`, else the active one.
         reconnect_timeout: seconds for which a lost connection is waited for before futures end with `Unreachable`;
             None: for ever.
+        disconnect_grace: seconds for which its jobs go on when this process vanishes without a word; then those that
+            are not detached are cancelled. None: as the coordinator is configured (60).
         connect_timeout: seconds for which the first connection may take.
         options: defaults of everything that is submitted.
 
@@ -401,12 +403,15 @@ class Client(View):
         *,
         profile: str | Profile | None = None,
         reconnect_timeout: float | None = None,
+        disconnect_grace: float | None = None,
         connect_timeout: float = CONNECT_TIMEOUT_S,
         **options: Any,
     ) -> None:
         _check_client_keywords(options)
         base = Options().with_given(options)
-        connection = Connection(_endpoint(address, profile), reconnect_timeout)
+        if disconnect_grace is not None and not 0 <= disconnect_grace <= DISCONNECT_GRACE_S_MAX:
+            raise ValueError(f"disconnect_grace must be 0 to {DISCONNECT_GRACE_S_MAX:g} s, not {disconnect_grace!r}")
+        connection = Connection(_endpoint(address, profile), reconnect_timeout, disconnect_grace)
         connection.start(connect_timeout)
         super().__init__(connection, base, {}, None)
         weakref.finalize(self, connection.retire).atexit = False
@@ -564,7 +569,7 @@ def _endpoint(address: str | None, profile: str | Profile | None) -> Endpoint:
 
 
 def _check_client_keywords(options: Mapping[str, Any]) -> None:
-    known = (*OPTION_NAMES, "profile", "reconnect_timeout", "connect_timeout")
+    known = (*OPTION_NAMES, "profile", "reconnect_timeout", "disconnect_grace", "connect_timeout")
     for name in options:
         if name not in OPTION_NAMES:
             raise TypeError(unknown_keyword("option", name, known))

@@ -118,13 +118,16 @@ class _Dialler(Protocol):
 class Connection:
     """Thread-safe but for what is marked as the loop's. Made by `Client`, shared by its views, jobs and futures."""
 
-    def __init__(self, endpoint: Endpoint, reconnect_timeout_s: float | None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, reconnect_timeout_s: float | None, disconnect_grace_s: float | None = None
+    ) -> None:
         self.endpoint = endpoint
         self.is_foreign = False  # in a forked child: nothing here may be used
         #: Of a task's own client: where the task stands while it waits.
         self.turnstile: Turnstile | None = None
         self._context: ssl.SSLContext | None = None
         self._reconnect_timeout_s = reconnect_timeout_s
+        self._disconnect_grace_s = disconnect_grace_s
         self._incarnation = Incarnation(secrets.token_hex(8))
         self.owner = _owner()
         self._lock = threading.Lock()
@@ -436,6 +439,7 @@ class Connection:
             epoch_seen=self._epoch_seen,
             owner=self.owner,
             python=PYTHON_TAG,
+            disconnect_grace_s=self._disconnect_grace_s,
         )
 
     def _turn(self) -> None:

@@ -53,6 +53,8 @@ RECONNECT_GRACE_S = 1.0
 RESTART_GRACE_S = 60.0
 #: A vanished client's jobs that are not detached are cancelled after this.
 DISCONNECT_GRACE_S = 60.0
+#: ... or after what the client itself asked for, up to this: a month.
+DISCONNECT_GRACE_S_MAX = 30 * 86_400.0
 #: Between SIGTERM and SIGKILL of a cancelled or timed-out task.
 KILL_GRACE_S = 2.0
 #: Reconnection: first wait, longest wait; full jitter.

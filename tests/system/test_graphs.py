@@ -157,7 +157,8 @@ def slow(folder, n):
     print("task", n)
     return n
 
-client = herder.Client(detached=sys.argv[2] == "detached", name="killed")
+grace = float(sys.argv[2]) if sys.argv[2] != "detached" else None
+client = herder.Client(detached=grace is None, disconnect_grace=grace, name="killed")
 one, two = client.submit(slow, folder, 1), client.submit(slow, folder, 2)
 both = client.submit(add, one, two)
 failing = client.submit(divmod, both, 0)
@@ -215,8 +216,15 @@ def check_results(job: herder.Job) -> None:
 def test_a_graph_that_is_not_detached_can_be_followed_during_the_grace(
     cluster: herder.LocalCluster, tmp_path: Path
 ) -> None:
-    job_id = killed_in_mid_graph(cluster, tmp_path, "attached")
+    job_id = killed_in_mid_graph(cluster, tmp_path, "60")
     with cluster.client() as elsewhere:
         job = elsewhere.job(job_id)
         (tmp_path / "go").touch()
         check_results(job)
+
+
+def test_what_is_not_detached_ends_when_the_grace_is_over(cluster: herder.LocalCluster, tmp_path: Path) -> None:
+    job_id = killed_in_mid_graph(cluster, tmp_path, "0.2")
+    with cluster.client() as elsewhere:
+        wait_until(lambda: elsewhere.job(job_id).status().state == "cancelled", WAIT_S)
+        assert elsewhere.job(job_id).status().outcomes == {Outcome.CANCELLED: 4}

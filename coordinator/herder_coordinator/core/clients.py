@@ -39,6 +39,7 @@ def connected(turn: Turn, event: events.ClientConnected) -> None:
         owner, depth = task.job.owner, task.job.depth + 1
     client = apply.client_of(turn.state, event.client, owner, event.attempt, depth)
     client.session = event.session
+    client.grace_s = event.grace_s
     client.gone_s = None
     for job_id in client.watched:
         feed = turn.state.jobs[job_id].feeds[event.client]
@@ -61,8 +62,14 @@ def disconnected(turn: Turn, event: events.ClientDisconnected) -> None:
     if client is None or client.session != event.session:
         return
     client.session = 0
-    client.gone_s = turn.state.now_s + turn.state.periods.disconnect_grace_s
+    client.gone_s = turn.state.now_s + _grace_s(turn.state, client)
     lease.alarm(turn.state, client.gone_s)
+
+
+def _grace_s(state: State, client: Client) -> float:
+    if client.grace_s is None:
+        return state.periods.disconnect_grace_s
+    return min(max(client.grace_s, 0.0), limits.DISCONNECT_GRACE_S_MAX)
 
 
 def left(turn: Turn, event: events.ClientLeft) -> None:
@@ -148,7 +155,7 @@ def job_opened(turn: Turn, event: events.JobOpened) -> None:
     elif job is None and len(client.jobs) >= JOBS_MAX:
         turn.refuse(event.client, spec.job, 0, "RemoteProtocolError", f"more than {JOBS_MAX} jobs are open")
     elif job is None:
-        turn.record(records.JobOpened(event.client, client.owner, spec, client.attempt, client.depth))
+        turn.record(records.JobOpened(event.client, client.owner, spec, client.attempt, client.depth, client.grace_s))
         apply.open_job(state, event.client, client.owner, spec, client.attempt, client.depth)
         turn.to_client(event.client, SubmitOk(spec.job, 0))
     elif job.client != event.client:
@@ -422,4 +429,4 @@ def set_grace(state: State) -> None:
         if client.attempt is not None and client.attempt not in running
     ]
     for client in state.clients.values():
-        client.gone_s = state.now_s + state.periods.disconnect_grace_s
+        client.gone_s = state.now_s + _grace_s(state, client)

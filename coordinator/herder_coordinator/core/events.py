@@ -30,6 +30,8 @@ class ClientConnected:
     owner: str
     node: NodeName | None = None
     attempt: AttemptId | None = None
+    #: How long its jobs go on when it has vanished; None: as configured.
+    grace_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

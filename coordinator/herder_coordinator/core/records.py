@@ -38,6 +38,8 @@ class JobOpened(_Record, frozen=True):
     #: Its client is a running task's own: the attempt, and how many tasks stand above the job.
     attempt: AttemptId | None = None
     depth: int = 0
+    #: How long the client's jobs go on when it has vanished; None: as configured.
+    grace_s: float | None = None
 
 
 class FunctionKept(_Record, frozen=True):
@@ -176,6 +178,7 @@ class JobRestored(_Record, frozen=True):
     attempt: AttemptId | None = None
     depth: int = 0
     resets: int = 0
+    grace_s: float | None = None
 
 
 class TasksRestored(_Record, frozen=True):

@@ -23,6 +23,7 @@ def replay(state: State, record: records.Record) -> None:
             _apply_job(state, record)
         case records.JobOpened():
             apply.open_job(state, record.client, record.owner, record.spec, record.attempt, record.depth)
+            state.clients[record.client].grace_s = record.grace_s
         case records.FunctionKept():
             apply.keep_function(state, record.function)
         case records.FunctionsDropped():
@@ -128,6 +129,7 @@ def _apply_restored(
             job = apply.open_job(state, record.client, record.owner, record.spec, record.attempt, record.depth)
             job.base = job.acked = record.cursor
             job.resets = record.resets
+            state.clients[record.client].grace_s = record.grace_s
             job.feeds[record.client] = Feed(record.cursor, record.cursor)
             job.closed, job.cancelled, job.opened_s = record.closed, record.cancelled, state.now_s - record.age_s
         case records.TasksRestored():

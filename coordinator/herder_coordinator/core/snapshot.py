@@ -64,6 +64,7 @@ def _job(state: State, job: Job) -> Iterator[Record]:
         attempt=client.attempt if client is not None else None,
         depth=job.depth,
         resets=job.resets,
+        grace_s=client.grace_s if client is not None else None,
     )
     yield from _tasks(job)
     for first in range(0, len(job.ends), limits.BATCH_TASKS_MAX):

@@ -366,6 +366,8 @@ class Client:
     #: It is the running task's own: the attempt with which it ends. And how deep its jobs are.
     attempt: AttemptId | None = None
     depth: int = 0
+    #: How long its jobs go on when it has vanished; None: as configured.
+    grace_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -79,7 +79,8 @@ class Clients:
         self._by_client[client.client] = client
         owner = link.hello.owner or link.peer.name
         log.info("client %s of %r connected (session %d)", client.client, owner, link.session)
-        self._core.raise_event(events.ClientConnected(client.client, link.session, owner, node, attempt))
+        grace_s = link.hello.disconnect_grace_s
+        self._core.raise_event(events.ClientConnected(client.client, link.session, owner, node, attempt, grace_s))
 
     def closed(self, link: Link, error: HerderError | None) -> None:
         """The link is gone."""

@@ -441,6 +441,8 @@ class Hello(_Message, frozen=True):
     owner: str = ""
     #: Client: "3.11/3.1".
     python: str = ""
+    #: Client: how long its jobs go on when it has vanished; None: as the coordinator is configured.
+    disconnect_grace_s: float | None = None
 
 
 class Welcome(_Message, frozen=True):

@@ -320,3 +320,20 @@ def test_what_comes_for_a_job_that_was_given_up_while_its_client_was_away_is_ref
     assert [(one.error, one.first) for one in to_client(late)] == [("JobNotFound", 0)]
     assert [one.error for one in to_client(lab.do(events.JobClosed(CLIENT, JOB, 1)))] == ["JobNotFound"]
     assert to_client(lab.do(events.JobClosed(CLIENT, JOB, 0))) == [SubmitOk(JOB, 0)]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_client_says_how_long_its_jobs_go_on_without_it(restarts: bool) -> None:
+    lab = Lab()
+    lab.node()
+    lab.do(events.ClientConnected(CLIENT, 1, "me", grace_s=5.0))
+    lab.open()
+    lab.submit(3)
+    if restarts:
+        lab.restart(by_snapshot=True)
+    else:
+        lab.do(events.ClientDisconnected(CLIENT, 1))
+    lab.pass_time(4.5)
+    assert not lab.state.jobs[JOB].cancelled
+    lab.pass_time(1.0)
+    assert lab.state.jobs[JOB].cancelled
