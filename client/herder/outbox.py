@@ -149,8 +149,23 @@ class Outbox:
             if isinstance(entry, Batch) and not all(self._uploads[name].is_stored for name, _ in entry.blobs):
                 break
             waiting.popleft()
-            out.append(self._sent(entry))
+            out.append(self._sent(self._gathered(entry) if isinstance(entry, Cancel) else entry))
         return out
+
+    def _gathered(self, first: Cancel) -> Cancel:
+        """A cancellation and those behind it that make one message with it: futures are cancelled one by one."""
+        waiting = self._waiting
+        if first.indices is None or not waiting or not isinstance(waiting[0], Cancel):
+            return first
+        indices = list(first.indices)
+        while waiting and isinstance(entry := waiting[0], Cancel):
+            if entry.job != first.job or entry.running != first.running or entry.indices is None:
+                break
+            if len(indices) + len(entry.indices) > CANCEL_INDICES_MAX:
+                break
+            indices.extend(entry.indices)
+            waiting.popleft()
+        return Cancel(first.job, tuple(indices), first.running, first.order)
 
     def rewind(self) -> None:
         """The connection was lost: what was not acknowledged is to be said again, in the old order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herder.outbox import Batch, Cancel, Close, Open, Outbox
+from herder.outbox import CANCEL_INDICES_MAX, Batch, Cancel, Close, Open, Outbox
 from herder.payload import PickledFunction
 from herder_shared.ids import BlobId, JobId, WorkloadKey, blob_id
 from herder_shared.limits import BATCH_TASKS_MAX, BLOB_CHUNK_BYTES, BLOB_CHUNKS_IN_FLIGHT
@@ -74,6 +74,26 @@ def test_what_was_not_acknowledged_is_said_again_in_order() -> None:
     outbox.forget(JOB)
     outbox.rewind()
     assert outbox.pump() == []
+
+
+def test_futures_that_are_cancelled_one_by_one_make_few_messages() -> None:
+    outbox = Outbox()
+    for index in range(CANCEL_INDICES_MAX + 2):
+        outbox.add(Cancel(JOB, (index,), True))
+    outbox.add(Cancel(JOB, (7,), False))
+    outbox.add(Cancel(JOB, None, True))
+    first, second, third, fourth = outbox.pump()
+    assert isinstance(first, m.CancelTasks)
+    assert first.indices == tuple(range(CANCEL_INDICES_MAX))
+    rest = (CANCEL_INDICES_MAX, CANCEL_INDICES_MAX + 1)
+    assert [second, third, fourth] == [
+        m.CancelTasks(JOB, rest, True),
+        m.CancelTasks(JOB, (7,), False),
+        m.CancelTasks(JOB, None, True),
+    ]
+    outbox.cancel_ok(JOB, first.indices)
+    outbox.rewind()
+    assert outbox.pump() == [second, third, fourth]
 
 
 def test_a_harder_cancellation_is_said_again_until_it_is_answered_itself() -> None:
