@@ -116,6 +116,7 @@ class Agent:
                 group.create_task(dialler.run())
                 reason = await self._stopping
                 _log.info("stopping: %s", reason)
+                self._agent.leave(reason)
                 await self._agent.close()
                 await dialler.close()
         except* HerderError as errors:

@@ -114,6 +114,15 @@ def report_answer(state: State, attempt: Attempt, now_s: float, effects: list[Ef
     attempt.dropped = True
 
 
+def give_back(state: State, attempt: Attempt, reason: str, now_s: float, effects: list[Effect]) -> None:
+    """Report that the attempt ends with its agent: it is nobody's fault, and there is nothing to be waited for."""
+    if attempt.dropped:
+        return
+    failure = Failure(Cause.NODE_LOST, f"the agent on {state.node} was told to end: {reason}")
+    _report_end(state, attempt, Outcome.LOST, failure, _usage(state, attempt, now_s), effects)
+    attempt.dropped = True
+
+
 def keep_stuck(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
     """Report the end of an attempt whose processes cannot be killed. Its slot stays taken: they still use it."""
     del state.leaving[attempt.id]

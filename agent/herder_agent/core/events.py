@@ -95,6 +95,13 @@ class JobsForgotten:
 
 
 @dataclass(frozen=True, slots=True)
+class StopOrdered:
+    """The agent is told to end, by whoever started it, its node or the coordinator: all that runs is about to die."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeftoversStuck:
     """What the ended children left behind cannot be killed."""
 
@@ -325,6 +332,7 @@ Event = (
     | CancelOrdered
     | AttemptsAcked
     | JobsForgotten
+    | StopOrdered
     | LeftoversStuck
     | StuckGone
     | LeaseRenewed

@@ -18,6 +18,7 @@ from herder_agent.core.attempts import (
     conclude,
     drop,
     end,
+    give_back,
     keep_stuck,
     move,
     note_memory,
@@ -61,6 +62,7 @@ from herder_agent.core.events import (
     LeftoversStuck,
     MemorySeen,
     OracleDenied,
+    StopOrdered,
     StuckGone,
     TemplateExited,
     TemplateFailed,
@@ -114,6 +116,9 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
             for attempt in list(state.leaving.values()):
                 outcome, failure = conclude(attempt)
                 end(state, attempt, outcome, failure, now_s, effects)
+        case StopOrdered():
+            for attempt in state.attempts.values():
+                give_back(state, attempt, event.reason, now_s, effects)
         case LeftoversStuck():
             for attempt in list(state.leaving.values()):
                 keep_stuck(state, attempt, now_s, effects)

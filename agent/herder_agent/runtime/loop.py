@@ -731,6 +731,11 @@ class AgentLoop:
 
     # The end.
 
+    def leave(self, reason: str) -> None:
+        """Tell the coordinator that everything ends here now."""
+        self.dispatch(events.StopOrdered(reason))
+        self._report()
+
     async def close(self) -> None:
         """End every process of ours, and let go of everything. What runs is killed. Idempotent."""
         if self._is_closed:

@@ -17,7 +17,7 @@ import msgspec
 
 from herder_coordinator.core import apply, blame, placement, records
 from herder_coordinator.core.lease import loss_backoff_s, task_backoff_s
-from herder_coordinator.core.quarantine import COUNTED, Part
+from herder_coordinator.core.quarantine import COUNTED, Part, part_in_end
 from herder_coordinator.core.state import NO_ATTEMPT, Job, Node, State, Task, TaskKey
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
@@ -63,7 +63,7 @@ def attempt_ended(turn: Turn, node: Node, end: AttemptEnd) -> None:
     assert task is not None
     if task.attempt == end.attempt and task.node is node:
         _note_start(turn, node, job, end)
-        _decide(turn, task, node, end)
+        _decide(turn, task, node, end, part_in_end(end))
     elif task.state is TaskState.WAITING and end.outcome is not Outcome.SUCCEEDED:
         # An earlier life started it and lost the record, and that of the tasks it waits for: it will be run again.
         return
@@ -222,7 +222,7 @@ def _after_loss(  # noqa: PLR0917
     if part.is_blamed and node.name not in killed_on:
         killed_on = (*killed_on, node.name)
     text = failure.message or failure.cause.value
-    if not options.idempotent and failure.cause is not Cause.START_FAILED:
+    if not options.idempotent and failure.cause is not Cause.START_FAILED and not part.never_began:
         reason = f"{text}; how the attempt ended is unknown, and the task may not run twice (idempotent=False)"
     elif crashes > options.max_crashes:
         reason = f"attempt {task.ordinal}: {text}; that was loss {crashes}, max_crashes is {options.max_crashes}"

@@ -10,8 +10,9 @@ with its neighbours. So:
 * A node that is lost with a suspect on it was lost by that one: the loss is counted (`max_crashes`), and its node
   among those that it killed (`POISON_NODES`). The others there are innocent, and run again as if nothing had been.
 
-An attempt which was sent ahead and held no slot had certainly hardly begun: it is never suspect. When the agent comes
-back as the same incarnation, so that only the network was lost, what it still has is trusted.
+An agent that is told to end (an upgrade, a preemption) says so itself of each of its attempts: no loss at all, and
+nobody is suspect. An attempt which was sent ahead and held no slot had certainly hardly begun: it is never suspect.
+When the agent comes back as the same incarnation, so that only the network was lost, what it still has is trusted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 
 from herder_coordinator.core.state import Node, State, Task
 from herder_shared.ids import AttemptId
-from herder_shared.states import TaskState
+from herder_shared.states import Cause, TaskState
+from herder_shared.wire.messages import AttemptEnd
 
 #: A suspect has to run this much longer than the attempt that was lost.
 LONGER = 1.25
@@ -39,11 +41,20 @@ class Part:
     is_blamed: bool = False
     #: It may have done it: for how long its next attempt is in quarantine.
     quarantine_s: float = 0.0
+    #: It had no child: its code has certainly not begun.
+    never_began: bool = False
 
 
 COUNTED = Part(is_counted=True)
-_BLAMED = Part(is_counted=True, is_blamed=True)
 _INNOCENT = Part(is_counted=False)
+_BLAMED = Part(is_counted=True, is_blamed=True)
+
+
+def part_in_end(end: AttemptEnd) -> Part:
+    """What an attempt had to do with an end of which its agent tells, if that is a loss."""
+    if end.failure is not None and end.failure.cause is Cause.NODE_LOST:  # the agent is told to end, and says so
+        return Part(is_counted=False, never_began=not end.usage.start_method)
+    return COUNTED
 
 
 def parts_in_loss(state: State, node: Node) -> dict[AttemptId, Part]:

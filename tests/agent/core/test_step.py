@@ -729,3 +729,16 @@ def test_what_cannot_be_killed_is_reported_and_keeps_its_slot_until_it_is_gone()
     assert [attempt.start.index for attempt in machine.state.queue.values()] == [2]
     assert any(isinstance(effect, fx.SpawnCommand) for effect in machine.take(ev.StuckGone()))
     assert not machine.state.stuck
+
+
+def test_an_agent_that_is_told_to_end_gives_back_what_it_has() -> None:
+    machine = Machine(cores=1, spec=COMMANDS)
+    machine.order(1)
+    machine.forked(1)
+    machine.order(2)
+    ends = ended(machine.take(ev.StopOrdered("SIGTERM")))
+    assert [(end.attempt, end.outcome, end.usage.start_method) for end in ends] == [
+        (ident(1), Outcome.LOST, "command"),
+        (ident(2), Outcome.LOST, ""),
+    ]
+    assert {end.failure.cause for end in ends if end.failure is not None} == {Cause.NODE_LOST}

@@ -84,6 +84,19 @@ def test_killed_agent_leaves_no_process(tmp_path: Path) -> None:
         wait_gone(*pids)
 
 
+def test_agent_that_is_told_to_end_says_what_ends_with_it(tmp_path: Path) -> None:
+    with running(tmp_path) as (coordinator, agent):
+        attempt = coordinator.start(sleep_after_telling, str(tmp_path), "one", 60.0)
+        pids = pids_of(coordinator, tmp_path / "one")
+        agent.process.terminate()
+        end = coordinator.end_of(attempt)
+        assert end.failure is not None
+        assert (end.outcome, end.failure.cause, end.usage.start_method) == (Outcome.LOST, Cause.NODE_LOST, "fork")
+        assert "SIGTERM" in end.failure.message
+        wait_gone(*pids)
+        coordinator.wait(lambda: agent.process.poll() is not None)
+
+
 def test_next_agent_kills_what_an_earlier_one_left(tmp_path: Path) -> None:
     def leave(folder: str) -> None:
         read, write = os.pipe()

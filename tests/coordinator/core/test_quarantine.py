@@ -154,6 +154,29 @@ def test_an_agent_that_comes_back_with_it_acquits(lab: Lab) -> None:
     assert (lab.place(), task(lab).quarantine_s) == ("n1", 0.0)
 
 
+def test_what_an_agent_gives_back_as_it_ends_is_counted_for_nothing_and_runs_elsewhere_at_once(lab: Lab) -> None:
+    lab.node("n1", cores=1)
+    lab.open(max_crashes=0)
+    lab.submit(1)
+    lab.node("n2", session=2, cores=1)
+    given_back = failed(lab.attempt(), Cause.NODE_LOST, Outcome.LOST, start_method="fork")
+    ((node, _, _),) = starts(lab.ended(given_back))
+    assert (node, task(lab).crashes, task(lab).quarantine_s) == ("n2", 0, 0.0)
+
+
+@pytest.mark.parametrize(("start_method", "is_lost"), [("fork", True), ("", False)])
+def test_what_may_run_once_and_is_given_back_runs_if_it_had_no_child(
+    lab: Lab, start_method: str, is_lost: bool
+) -> None:
+    lab.node("n1", cores=1)
+    lab.open(idempotent=False)
+    lab.submit(1)
+    lab.node("n2", session=2, cores=1)
+    some = lab.ended(failed(lab.attempt(), Cause.NODE_LOST, Outcome.LOST, start_method=start_method))
+    assert bool(told_ends(some)) is is_lost
+    assert bool(starts(some)) is not is_lost
+
+
 @pytest.mark.parametrize("by_snapshot", [False, True])
 def test_suspicion_outlives_the_coordinator(lab: Lab, by_snapshot: bool) -> None:
     lab.node("n1", cores=2)
