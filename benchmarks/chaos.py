@@ -51,8 +51,6 @@ DISCONNECT_GRACE_S = 5.0
 FORGET_S = 40.0
 CLIENT_EXIT_S = 240.0
 SAMPLE_S = 2.0
-#: The first of each life, in which caches fill, says nothing of leaks.
-WARM_UP_S = 60.0
 #: How often each fault comes, relative to the others.
 WEIGHTS = {
     "kill coordinator": 4,
@@ -83,6 +81,8 @@ class Options:
     #: The first agent and the first client live on, and the coordinator dies only so often.
     spare: bool
     coordinator_life_s: float
+    #: The first of each life, in which bounded caches fill, says nothing of leaks.
+    warm_up_s: float
     folder: Path | None
 
 
@@ -102,7 +102,8 @@ class Life:
 class Samples:
     """Looks at processes every `SAMPLE_S`, in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up_s: float) -> None:
+        self._warm_up_s = warm_up_s
         self.lives: list[Life] = []
         self._current: dict[str, Life] = {}
         self._lock = threading.Lock()
@@ -138,7 +139,7 @@ class Samples:
         anonymous_kib = int(status["RssAnon"].split()[0])
         fds = len(os.listdir(f"/proc/{life.pid}/fd"))
         zombies = sum(_state_of(pid) == "Z" for pid in children_of(life.pid))
-        if now_s - life.began_s < WARM_UP_S:
+        if now_s - life.began_s < self._warm_up_s:
             return
         life.rss.append((now_s, anonymous_kib / 1024))
         life.fds.append((now_s, float(fds)))
@@ -160,7 +161,7 @@ class Chaos:
         #: Stopped processes, and when they go on.
         self._stopped: list[tuple[float, int]] = []
         self._problems: list[tuple[str, str]] = []
-        self._samples = Samples()
+        self._samples = Samples(options.warm_up_s)
         self._coordinator_due_s = 0.0
 
     def run(self) -> int:
@@ -451,7 +452,8 @@ class Chaos:
             last = lives[-1]
             print(
                 f"slope:      {name}: {len(lives)} lives, {seen_s:.0f} s; "
-                f"memory {slopes['rss']:+.2f} MiB/h (now {last.rss[-1][1]:.1f} MiB), "
+                f"memory {slopes['rss']:+.2f} MiB/h ({last.rss[0][1]:.1f}, {last.rss[len(last.rss) // 2][1]:.1f}, "
+                f"{last.rss[-1][1]:.1f} MiB at its begin, middle, end), "
                 f"descriptors {slopes['fds']:+.2f}/h (now {last.fds[-1][1]:.0f}), "
                 f"threads {slopes['threads']:+.2f}/h (now {last.threads[-1][1]:.0f}), "
                 f"zombies {slopes['zombies']:+.2f}/h (most {max(count for _, count in last.zombies):.0f})"
@@ -503,6 +505,7 @@ def main() -> int:
     parser.add_argument(
         "--coordinator-life", type=float, default=300.0, help="with --spare: seconds between its deaths"
     )
+    parser.add_argument("--warm-up", type=float, default=60.0, help="seconds of each life that slopes leave out")
     parser.add_argument("--keep", type=Path, help="a new folder for everything, which is kept")
     given = parser.parse_args()
     options = Options(
@@ -515,6 +518,7 @@ def main() -> int:
         kills=given.kills,
         spare=given.spare,
         coordinator_life_s=given.coordinator_life,
+        warm_up_s=given.warm_up,
         folder=given.keep,
     )
     if options.folder is not None:
