@@ -22,6 +22,7 @@ from typing import Any
 import cloudpickle
 
 import herder
+from herder_coordinator.core.clients import DETACHED_KEPT_MAX
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -112,6 +113,7 @@ class ChaosClient:
             job = view.array(work, [self._ran] * len(keys), keys, [self._random.expovariate(5)] * len(keys))
             next(iter(job.as_completed(PATIENCE_S)))  # one has ended: the message that brought all is durable
             self.write(t="accepted", prefix=prefix, job=job.id)
+            time.sleep(self._random.expovariate(1.0))
         self.write(t="done")
 
     # --- the load ----------------------------------------------------------------------------------------------------
@@ -218,27 +220,36 @@ def _attempt_of_value(value: tuple[str, str, bytes]) -> str:
 def adopt(client: herder.Client, folder: Path) -> int:
     """Attach to each accepted detached job, from another process than the one that submitted it, and write down how its
     tasks ended. How many tasks there were."""
-    file = os.open(folder / "client-~adopted.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    words = [
+        word
+        for path in sorted(folder.glob("client-*.jsonl"))
+        for word in map(json.loads, path.read_text().splitlines())
+        if word["t"] == "accepted"
+    ]
     count = 0
-    for path in sorted(folder.glob("client-*.jsonl")):
-        for word in map(json.loads, path.read_text().splitlines(keepends=False)):
-            if word["t"] != "accepted":
-                continue
+    with (folder / "client-~adopted.jsonl").open("a") as file:
+        for word in words:
             job = client.job(word["job"])
             if not job.wait(PATIENCE_S):
                 continue  # the checker sees that the ends are missing
             for index in range(len(job)):
-                future = job.future(index)
-                error = None if future.cancelled() else future.exception(0)
-                outcome = "cancelled" if future.cancelled() else "succeeded"
-                if error is not None:
-                    outcome = _OUTCOMES.get(type(error).__name__, "failed")
-                attempt = future.result(0)[1] if outcome == "succeeded" else ""
-                end = {"t": "end", "key": f"{word['prefix']}{index}", "outcome": outcome, "attempt": attempt}
-                os.write(file, (json.dumps({**end, "task": future.task_id}) + "\n").encode())
+                end = _end_of(job.future(index))
+                if end["outcome"] == "JobNotFound" and len(words) > DETACHED_KEPT_MAX:
+                    end = {"t": "forgotten", "prefix": word["prefix"]}
+                file.write(json.dumps({"key": f"{word['prefix']}{index}", **end}) + "\n")
                 count += 1
-    os.close(file)
     return count
+
+
+def _end_of(future: herder.Future[Any]) -> dict[str, str]:
+    end = {"t": "end", "outcome": "succeeded", "attempt": "", "task": future.task_id}
+    if future.cancelled():
+        return {**end, "outcome": "cancelled"}
+    error = future.exception(0)
+    if error is not None:
+        name = type(error).__name__
+        return {**end, "outcome": name if name == "JobNotFound" else _OUTCOMES.get(name, "failed")}
+    return {**end, "attempt": future.result(0)[1]}
 
 
 def main() -> int:

@@ -38,6 +38,8 @@ class History:
     #: `(cursor, outcome)` of each terminal record, by (job, index); what contradicts it.
     records: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
     contradictions: list[str] = field(default_factory=list)
+    #: Prefixes of tasks of detached jobs that were forgotten, as so many newer ones are kept.
+    forgotten: list[str] = field(default_factory=list)
 
     def read_client(self, lines: Iterable[str]) -> None:
         """One client's own record. It is owed its ends if it lived to say that it waited for them all."""
@@ -52,6 +54,8 @@ class History:
                 case "accepted":
                     for one in mine:
                         one.is_owed = one.is_owed or one.key.startswith(word["prefix"])
+                case "forgotten":
+                    self.forgotten.append(word["prefix"])
                 case "done":
                     for one in mine:
                         one.is_owed = True
@@ -80,7 +84,7 @@ class History:
         """`(promise, what broke it)`."""
         for key, one in self.submitted.items():
             ends = self.told.get(key, [])
-            if one.is_owed and not ends:
+            if one.is_owed and not ends and not key.startswith(tuple(self.forgotten)):
                 yield "lost", f"{key} was accepted and its client never told of an end"
             if len(ends) > 1:
                 yield "doubled", f"{key} ended {len(ends)} times for its client: {ends}"
@@ -99,7 +103,8 @@ class History:
                     yield "ghost", f"{key} succeeded as attempt {attempt!r}, which never ran"
                 job, _, index = task.rpartition(".")
                 recorded = self.records.get((job, int(index))) if index else None
-                if recorded is not None and recorded[1] != outcome:
+                # Who cancels is told at once, whatever is decided meanwhile.
+                if recorded is not None and recorded[1] != outcome and outcome != "cancelled":
                     yield "doubled", f"{key} ended {outcome} for its client and {recorded[1]} in the journal"
 
     def summary(self) -> Mapping[str, int]:
