@@ -50,7 +50,7 @@ def test_a_client_that_was_killed_is_owed_nothing_but_what_was_accepted_of_detac
 
 def test_what_its_client_cancelled_may_have_ended_otherwise_and_old_detached_jobs_are_forgotten() -> None:
     assert kinds(history(submit(), {**END, "outcome": "cancelled"}, DONE, ran="k 1.1")) == []
-    accepted = {"t": "accepted", "prefix": "k", "job": JOB}
+    accepted: dict[str, object] = {"t": "accepted", "prefix": "k", "job": JOB}
     assert kinds(history(submit(), accepted, {"t": "forgotten", "key": "k", "prefix": "k"})) == []
 
 
