@@ -8,6 +8,7 @@ must have no setup, as its value is not this workload's, and must leave no step 
 template, a fork of the first; each child is asked of the one that has the fewest. The rule: `IN_WANT` attempts or more
 have waited through as many forks as there are slots, and `FORKS` at least. Each of them holds a slot, so that many
 cores were without work all the while; and a burst's beginning, which one fork for each slot satisfies, is over by then.
+Short tasks that are forked with their children (`launchers`) count too: what they take is forking for the most part.
 One template for `CORES_EACH` cores at most: fewer cores cannot end tasks faster than one forks.
 
 **Life.** A branch dies with its parent. So a template is not given up as idle, nor stopped when it retires, while it
@@ -88,6 +89,11 @@ def branches_of(state: State, template: Template) -> list[Template]:
 def note_fork(pool: Pool) -> None:
     """A forked child has come."""
     pool.in_want = pool.in_want + 1 if len(pool.waiting) >= IN_WANT else 0
+
+
+def note_brief(pool: Pool) -> None:
+    """A task has come with its child and ended with it: of such, most of the time is the fork's."""
+    pool.in_want += 1
 
 
 def look_for_want(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> None:

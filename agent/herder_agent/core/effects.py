@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from herder_shared.ids import AttemptId, BlobId, WorkloadKey
 from herder_shared.wire.messages import (
     AttemptEnd,
@@ -68,8 +70,7 @@ class SpawnFresh:
     workload: WorkloadSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """What an attempt may use: the operating system's CPU numbers (empty: not pinned), threads of each numerical
     library, GPU indices; processes and threads, where the workload says how many."""
 
@@ -89,8 +90,7 @@ class SpawnCommand:
     grant: Grant
 
 
-@dataclass(frozen=True, slots=True)
-class SendTask:
+class SendTask(msgspec.Struct, frozen=True):
     child: int
     attempt: AttemptStart
     job_name: str
@@ -102,6 +102,17 @@ class SendTask:
     is_quiet: bool = False
     #: So many wait that this one's answer need not be heard before its process is gone.
     in_crowd: bool = False
+
+
+class RunTask(msgspec.Struct, frozen=True):
+    """Have the template fork a child with this task at hand: `ChildDone`, or `ChildForked` if it takes longer."""
+
+    template: int
+    child: int
+    attempt: AttemptStart
+    job_name: str
+    options: TaskOptions
+    grant: Grant
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +166,7 @@ class SendSync:
     ended: tuple[AttemptEnd, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ReportStarted:
+class ReportStarted(msgspec.Struct, frozen=True):
     attempt: AttemptId
 
 
@@ -185,8 +195,7 @@ class RefuseClient:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReportEnd:
+class ReportEnd(msgspec.Struct, frozen=True):
     end: AttemptEnd
 
 
@@ -195,8 +204,7 @@ class ReportWorkload:
     report: WorkloadReport
 
 
-@dataclass(frozen=True, slots=True)
-class Observe:
+class Observe(msgspec.Struct, frozen=True):
     """Count something, or log `text`; the shell decides nothing by it. `kind`: task_start | fork_unsafe |
     template_failed | crash | hung | oracle_off | template_replaced | demoted."""
 
@@ -216,6 +224,7 @@ Effect = (
     | SpawnFresh
     | SpawnCommand
     | SendTask
+    | RunTask
     | StopChild
     | SignalChild
     | DropChild

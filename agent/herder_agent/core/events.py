@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from herder_shared.ids import AttemptId, BlobId, JobId
 from herder_shared.states import Cause
 from herder_shared.wire.messages import AttemptStart, AuditStep, Failure, JobBrief, Logs, Payload, WorkloadSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What a child said of its task, with its own account (differences over the task; seconds and bytes)."""
 
     result: Payload | None = None
@@ -33,8 +34,7 @@ class Answer:
     limit_hit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(msgspec.Struct, frozen=True):
     """How a child's process ended: raw wait status, and `wait4`'s usage of it and of what it reaped."""
 
     status: int
@@ -278,6 +278,17 @@ class ChildAnswered:
     ends: bool = False
 
 
+class ChildDone(msgspec.Struct, frozen=True):
+    """A child that was forked with its task is over, and nothing that it left behind is there: its answer, if it gave
+    one, and its exit."""
+
+    child: int
+    pid: int
+    answer: Answer | None
+    exit: Exit
+    logs: Logs | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ChildExited:
     """Reaped, and its process group killed before. `result` and `check` are a command's: its encoded
@@ -355,6 +366,7 @@ Event = (
     | ChildStarted
     | ChildAnswered
     | ChildExited
+    | ChildDone
     | LeftoversGone
     | MemorySeen
     | WaitBegan

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
+import msgspec
+
 #: Shares of a core are compared with this tolerance: ten requests of 0.1 fill a core.
 _EPSILON = 1e-6
 
@@ -25,8 +27,7 @@ class Place(NamedTuple):
     core: int
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """What an attempt asks for. `cores` may be a fraction, or a whole number plus one."""
 
     cores: float = 1.0
@@ -35,8 +36,7 @@ class Request:
     resources: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True):
     """What an attempt holds. `shared` is the index of the core of which it holds `share`, or -1."""
 
     request: Request

@@ -30,6 +30,8 @@ from herder_shared.wire.messages import (
     WorkloadSpec,
 )
 
+#: Of the last task in the mean of how long they take.
+_PACE_WEIGHT = 0.1
 #: More than any sane task has, and few enough that a node bears it on every core.
 PIDS = 4096
 
@@ -210,8 +212,14 @@ class Pool:
     #: Seconds from slot to start, the last ones.
     starts_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     demand: Demand = field(default_factory=Demand)
+    #: How long tasks take of late, on the wall; None before the first has ended.
+    pace_s: float | None = None
     #: Children that came since too few attempts waited to speak of want.
     in_want: int = 0
+
+    def note_wall(self, wall_s: float) -> None:
+        """A task has taken this long."""
+        self.pace_s = wall_s if self.pace_s is None else self.pace_s + _PACE_WEIGHT * (wall_s - self.pace_s)
 
     @property
     def tasks_max(self) -> int:

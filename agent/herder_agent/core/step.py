@@ -46,6 +46,7 @@ from herder_agent.core.events import (
     BlobUploaded,
     CancelOrdered,
     ChildAnswered,
+    ChildDone,
     ChildExited,
     ChildForked,
     ChildForkFailed,
@@ -110,6 +111,8 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
             _child_started(state, event, now_s, effects)
         case ChildAnswered():
             _child_answered(state, event, now_s, effects)
+        case ChildDone():
+            _child_done(state, event, now_s, effects)
         case ChildExited():
             _child_exited(state, event, now_s, effects)
         case LeftoversGone():
@@ -339,6 +342,7 @@ def _child_answered(state: State, event: ChildAnswered, now_s: float, effects: l
     attempt.answer = event.answer
     attempt.logs = event.logs
     note_memory(attempt, event.answer)
+    child.pool.note_wall(event.answer.wall_s)
     child.tasks_done += 1
     most = child.pool.tasks_max
     if attempt.ending is not None or event.ends or (most and child.tasks_done >= most):
@@ -376,6 +380,28 @@ def _child_exited(state: State, event: ChildExited, now_s: float, effects: list[
         attempt.result = event.result
     attempt.logs = _join(attempt.logs, event.logs)
     _leave(state, attempt, now_s, effects)
+
+
+def _child_done(state: State, event: ChildDone, now_s: float, effects: list[Effect]) -> None:
+    child = state.children.get(event.child)
+    if child is None or child.attempt is None:
+        return
+    attempt, pool = child.attempt, child.pool
+    launchers.forget_child(state, child)
+    attempt.pid = event.pid
+    attempt.logs = event.logs
+    attempt.exit = event.exit
+    if event.answer is None:
+        note_memory(attempt, event.exit)
+        _leave(state, attempt, now_s, effects)
+        return
+    attempt.answer = event.answer
+    note_memory(attempt, event.answer)
+    pool.note_wall(event.answer.wall_s)
+    branches.note_brief(pool)
+    pool.workload.used_s = now_s
+    outcome, failure = conclude(attempt)
+    end(state, attempt, outcome, failure, now_s, effects)
 
 
 def _leave(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:

@@ -13,8 +13,8 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -111,6 +111,24 @@ class Exited(_Head, frozen=True, tag="exited"):
     oublock: int = 0
 
 
+class Done(msgspec.Struct, frozen=True):
+    """A child that nobody was told of is over: how much of the body is its answer, its stdout and its stderr."""
+
+    child: int
+    pid: int
+    status: int
+    utime: float
+    stime: float
+    minflt: int
+    majflt: int
+    inblock: int
+    oublock: int
+    answer: int
+    out: int
+    err: int
+    fds: int
+
+
 class Stats(_Head, frozen=True, tag="stats"):
     rss: int = 0
     anon: int = 0
@@ -170,12 +188,57 @@ class Error(_Head, frozen=True, tag="error"):
     last: bool = False
 
 
-FromTemplate = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stats | Log
+FromTemplate = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Done | Stats | Log
 FromChild = Idle | Failed | Started | Client | Result | Error
 
-from_template: msgspec.json.Decoder[FromTemplate] = msgspec.json.Decoder(FromTemplate)
-from_child: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
-_encode = msgspec.json.Encoder().encode
+#: The two heads that are packed, as there are so many of them: their first byte, then their fields.
+_RESULT = struct.Struct(">BdddQQQQQ")
+_DONE = struct.Struct(">BQIIddQQQQIIIB")
+_RESULT_KIND, _DONE_KIND = 1, 2
+_TemplateText = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stats | Log
+_template_text: msgspec.json.Decoder[_TemplateText] = msgspec.json.Decoder(_TemplateText)
+_child_text: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
+
+
+def from_template(head: memoryview) -> FromTemplate:
+    """What a template says. Raises RemoteProtocolError, MsgspecError."""
+    if head and head[0] == _DONE_KIND:
+        return Done(*_unpack(_DONE, head)[1:])
+    return _template_text.decode(head)
+
+
+def from_child(head: memoryview) -> FromChild:
+    """What a child says. Raises RemoteProtocolError, MsgspecError."""
+    if head and head[0] == _RESULT_KIND:
+        _, wall, user_s, system_s, minor, major, read, written, peak = _unpack(_RESULT, head)
+        return Result(0, wall, user_s, system_s, minor, major, False, peak, read, written)
+    return _child_text.decode(head)
+
+
+def said_in(content: memoryview) -> Iterator[tuple[FromChild, bytes]]:
+    """The frames in what a child has sent, which is over: heads with their bodies. An unfinished one is left out.
+
+    Raises:
+        RemoteProtocolError, MsgspecError: that is not what a child says.
+    """
+    at = 0
+    while len(content) - at >= _HEADER.size:
+        head_bytes, body_bytes = _HEADER.unpack_from(content, at)
+        middle = at + _HEADER.size + head_bytes
+        end = middle + body_bytes
+        if end > len(content):
+            return
+        yield from_child(content[at + _HEADER.size : middle]), bytes(content[middle:end])
+        at = end
+
+
+def _unpack(layout: struct.Struct, head: memoryview) -> tuple[Any, ...]:
+    if len(head) != layout.size:
+        raise RemoteProtocolError(f"a head of {len(head)} bytes instead of {layout.size}")
+    return layout.unpack(head)
+
+
+encode = msgspec.json.Encoder().encode
 
 _T = TypeVar("_T")
 
@@ -186,6 +249,8 @@ def descriptors_of(head: object) -> int:
         return head.fds
     if isinstance(head, Ready):
         return int(head.value)
+    if isinstance(head, Done):
+        return head.fds
     if isinstance(head, Branched):
         return 2
     return int(isinstance(head, Client) or (isinstance(head, Result) and head.blob))
@@ -201,7 +266,7 @@ class Channel(Generic[_T]):
         self,
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
-        decoder: msgspec.json.Decoder[_T],
+        decode: Callable[[memoryview], _T],
         received: Callable[[_T, bytes, list[int]], None],
         closed: Callable[[RemoteProtocolError | None], None],
         poller: Poller,
@@ -211,7 +276,7 @@ class Channel(Generic[_T]):
         self._loop = loop
         self._socket = sock
         self._fd = sock.fileno()
-        self._decoder = decoder
+        self._decode = decode
         self._received = received
         self._closed = closed
         self._bytes = bytearray()
@@ -229,7 +294,7 @@ class Channel(Generic[_T]):
         """Send one frame soon. `descriptors` are duplicated where the frame must wait; they stay the caller's."""
         if not self._is_open:
             return
-        text = _encode(head)
+        text = encode(head)
         frame = b"".join((_HEADER.pack(len(text), sum(map(len, parts))), text, *parts))
         if self._unsent:
             self._keep(memoryview(frame), [os.dup(fd) for fd in descriptors])
@@ -355,7 +420,7 @@ class Channel(Generic[_T]):
             end = middle + body_bytes
             if end > size:
                 break
-            head = self._decoder.decode(memoryview(buffer)[at + _HEADER.size : middle])
+            head = self._decode(memoryview(buffer)[at + _HEADER.size : middle])
             body = bytes(memoryview(buffer)[middle:end]) if body_bytes else b""
             at = end
             count = descriptors_of(head)

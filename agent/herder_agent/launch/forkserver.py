@@ -83,7 +83,7 @@ class Template:
         *,
         loop: asyncio.AbstractEventLoop,
         poller: Poller,
-        received: Callable[[Template, FromTemplate, list[int]], None],
+        received: Callable[[Template, FromTemplate, bytes, list[int]], None],
         exited: Callable[[Template, str], None],
     ) -> None:
         self.number = number
@@ -157,6 +157,11 @@ class Template:
         setup = (self.spec.setup or b"") if self.spec is not None else b""
         self._channel.send(opening, [setup] if setup else [])
 
+    def run(self, head: dict[str, object], parts: Sequence[bytes]) -> None:
+        """Have it fork a child with its task; for one that is ready."""
+        if self._channel is not None:
+            self._channel.send(head, parts)
+
     def send(self, head: dict[str, object], descriptors: Sequence[int] = ()) -> None:
         """Give it an order; kept until it is ready. Does nothing when it is gone: `exited` tells."""
         if not self._is_ready:
@@ -193,11 +198,11 @@ class Template:
         except OSError:
             return ""
 
-    def _took(self, head: FromTemplate, _body: bytes, descriptors: list[int]) -> None:
+    def _took(self, head: FromTemplate, body: bytes, descriptors: list[int]) -> None:
         if isinstance(head, Ready):
             self._is_ready = True
             self._send_early()
-        self._received(self, head, descriptors)
+        self._received(self, head, body, descriptors)
 
     def _send_early(self) -> None:
         early, self._early = self._early, []

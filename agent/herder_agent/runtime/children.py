@@ -16,6 +16,9 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
+
+import msgspec
 
 from herder_agent.core import events
 from herder_agent.core.events import Answer, Exit
@@ -59,6 +62,13 @@ class _Expected:
         self.is_limited = is_limited
 
 
+class _Handed(NamedTuple):
+    """Forked with its task, and not heard of yet."""
+
+    template: int
+    scratch: str
+
+
 class Children:
     """Owns every child's descriptors."""
 
@@ -82,6 +92,7 @@ class Children:
         self._open_client = open_client
         self._children: dict[int, Child] = {}
         self._expected: dict[int, _Expected] = {}
+        self._handed: dict[int, _Handed] = {}
         self.limits = Limits(loop, groups or NoGroups("none are asked for"), dispatch)
         self._watchdog = Watchdog(loop, is_busy, dispatch)
         self._attach: list[Child] = []
@@ -106,9 +117,22 @@ class Children:
         """A fresh interpreter or command was ordered; what is not expected is a forked child."""
         self._expected[number] = _Expected(kind, spec, command_spec, is_limited)
 
+    def hand(self, number: int, template: int, scratch: str) -> None:
+        """A child is to be forked with its task."""
+        self._handed[number] = _Handed(template, scratch)
+
+    def template_of(self, number: int) -> int:
+        """Who makes or has made this child; 0 = there is none."""
+        child = self._children.get(number)
+        if child is not None:
+            return child.template
+        handed = self._handed.get(number)
+        return handed.template if handed is not None else 0
+
     def not_forked(self, number: int) -> None:
         """What was ordered will not come."""
         self._expected.pop(number, None)
+        self._handed.pop(number, None)
         self.limits.leave(number)
 
     def is_command(self, number: int) -> bool:
@@ -145,6 +169,14 @@ class Children:
                 template.baseline_bytes = anon_bytes(child.pid)
             template.baseline_age += 1
             child.baseline_bytes = template.baseline_bytes
+        handed = self._handed.pop(head.child, None)
+        if handed is not None:
+            # Its task takes longer than most: from now on it is one like others.
+            child.scratch = handed.scratch
+            child.is_watched = True
+            child.attach()
+            self._watchdog.add(child)
+            self.limits.begin(child, is_limited=False)
         return child
 
     def begin(self, child: Child, open_fresh: Callable[[], None]) -> None:
@@ -197,6 +229,9 @@ class Children:
         """Its template is gone: take what it said, kill it, let go of it."""
         child = self._children.pop(number, None)
         self._expected.pop(number, None)
+        handed = self._handed.pop(number, None)
+        if handed is not None:
+            self._remove_folder(handed.scratch)
         self.limits.leave(number)
         if child is not None:
             child.kill()
@@ -235,10 +270,61 @@ class Children:
             self._tell(child.number, events.ChildExited(child.number, exit_, child.take_logs()))
         child.close()
 
+    def done(self, head: control.Done, body: bytes, descriptors: list[int]) -> None:
+        """A child that was forked with its task is over, and nothing is left of it."""
+        handed = self._handed.pop(head.child, None)
+        exit_ = Exit(
+            head.status,
+            head.utime,
+            head.stime,
+            head.minflt,
+            head.majflt,
+            read_bytes=head.inblock * BLOCK_BYTES,
+            write_bytes=head.oublock * BLOCK_BYTES,
+        )
+        logs: Logs | None = None
+        if head.out or head.err:
+            middle = head.answer + head.out
+            out, err = body[head.answer : middle], body[middle:]
+            kept_out, kept_err = Capture.shorten(out), Capture.shorten(err)
+            logs = Logs(kept_out, kept_err, len(kept_out) < len(out) or len(kept_err) < len(err))
+
+        def tell(answer: Answer | None) -> None:
+            self._dispatch(events.ChildDone(head.child, head.pid, answer, exit_, logs))
+
+        said: FromChild | None = None
+        content = b""
+        try:
+            for each, content_of in control.said_in(memoryview(body)[: head.answer]):
+                if isinstance(each, control.Result | control.Error):
+                    said, content = each, content_of
+        except (RemoteProtocolError, msgspec.MsgspecError) as error:
+            _log.warning("child %d broke the protocol: %s", head.pid, error)
+        if isinstance(said, control.Result):
+            # Before a large result's, there may be that of a client which it has not waited for.
+            for fd in descriptors[:-1] if said.blob else descriptors:
+                os.close(fd)
+            files = descriptors[-1:] if said.blob else []
+            self._give_result(head.child, _account(said, None, said.peak), content, files, tell)
+            return
+        for fd in descriptors:
+            os.close(fd)
+        if isinstance(said, control.Error):
+            tell(_account(said, _failure_of(said, content), said.peak))
+            return
+        if handed is not None:
+            self._remove_folder(handed.scratch)
+        exit_ = self.limits.exited(head.child, exit_, head.status & 0x7F == signal.SIGKILL)
+        tell(None)
+
     def _remove_scratch(self, child: Child) -> None:
         """It could not do so itself, if the folder is still there."""
-        if child.scratch and not self._is_closed and os.path.isdir(child.scratch):
-            self._threads.submit(shutil.rmtree, child.scratch, ignore_errors=True)
+        if child.scratch:
+            self._remove_folder(child.scratch)
+
+    def _remove_folder(self, scratch: str) -> None:
+        if not self._is_closed and os.path.isdir(scratch):
+            self._threads.submit(shutil.rmtree, scratch, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of all."""
@@ -281,6 +367,20 @@ class Children:
 
     def _answered(self, child: Child, head: control.Result, body: bytes, descriptors: list[int]) -> None:
         answer = self._account(child, head, None)
+        self._give_result(child.number, answer, body, descriptors, partial(self._tell_answer, child))
+
+    def _give_result(
+        self, number: int, answer: Answer, body: bytes, descriptors: list[int], tell: Callable[[Answer], None]
+    ) -> None:
+        """Tell of a result when it is where it belongs: at once, or when it is stored."""
+
+        def stored(payload: Payload | None, error: str) -> None:
+            if payload is None:
+                failure = Failure(Cause.DATA_LOST, f"its result cannot be stored on this node: {error}")
+                tell(Answer(failure=failure))
+            else:
+                tell(msgspec.structs.replace(answer, result=payload))
+
         if descriptors:
             fd = descriptors[0]
             size = os.fstat(fd).st_size
@@ -291,19 +391,11 @@ class Children:
                 finally:
                     os.close(fd)
 
-            self._store_result(child.number, size, store, partial(self._tell_stored, child, answer))
+            self._store_result(number, size, store, stored)
         elif len(body) > _SMALL_BYTES and self._is_crowded():
-            store_small = partial(self._store.put, body)
-            self._store_result(child.number, len(body), store_small, partial(self._tell_stored, child, answer))
+            self._store_result(number, len(body), partial(self._store.put, body), stored)
         else:
-            self._tell_answer(child, _with_result(answer, Payload(body, None, len(body))))
-
-    def _tell_stored(self, child: Child, answer: Answer, payload: Payload | None, error: str) -> None:
-        if payload is None:
-            failure = Failure(Cause.DATA_LOST, f"its result cannot be stored on this node: {error}")
-            self._tell_answer(child, Answer(failure=failure))
-        else:
-            self._tell_answer(child, _with_result(answer, payload))
+            tell(msgspec.structs.replace(answer, result=Payload(body, None, len(body))))
 
     def _tell_answer(self, child: Child, answer: Answer) -> None:
         self.limits.end(child.number)
@@ -317,19 +409,7 @@ class Children:
         self._dispatch(events.ChildAnswered(child.number, answer, logs, child.ends))
 
     def _account(self, child: Child, head: control.Result | control.Error, failure: Failure | None) -> Answer:
-        """What the child says that its task used; its result is added where there is one."""
-        return Answer(
-            None,
-            failure,
-            head.wall,
-            head.utime,
-            head.stime,
-            head.minflt,
-            head.majflt,
-            self._peak(child, head),
-            head.inblock * BLOCK_BYTES,
-            head.oublock * BLOCK_BYTES,
-        )
+        return _account(head, failure, self._peak(child, head))
 
     def _peak(self, child: Child, head: control.Result | control.Error) -> int:
         if head.wall < _UNSAMPLED_S:
@@ -401,18 +481,19 @@ class Children:
                     self._watchdog.add(child)
 
 
-def _with_result(answer: Answer, result: Payload) -> Answer:
+def _account(head: control.Result | control.Error, failure: Failure | None, peak_bytes: int) -> Answer:
+    """What a child says that its task used; its result is added where there is one."""
     return Answer(
-        result,
         None,
-        answer.wall_s,
-        answer.user_s,
-        answer.system_s,
-        answer.minor_faults,
-        answer.major_faults,
-        answer.peak_bytes,
-        answer.read_bytes,
-        answer.write_bytes,
+        failure,
+        head.wall,
+        head.utime,
+        head.stime,
+        head.minflt,
+        head.majflt,
+        peak_bytes,
+        head.inblock * BLOCK_BYTES,
+        head.oublock * BLOCK_BYTES,
     )
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from herder_agent.core import effects as fx
 from herder_agent.core import events
@@ -24,6 +24,7 @@ from herder_agent.core.state import ChildPhase, State
 from herder_agent.core.step import next_deadline_s, step
 from herder_agent.launch import command, control, forkserver, fresh
 from herder_agent.launch.child import Child
+from herder_agent.launch.control import encode as encode_json
 from herder_agent.launch.poller import Poller
 from herder_agent.metrics import Counts
 from herder_agent.runtime import cgroups, host
@@ -45,6 +46,7 @@ from herder_shared.wire.messages import (
     AuditStep,
     NodeReport,
     Payload,
+    TaskOptions,
     WorkloadReport,
     WorkloadSpec,
 )
@@ -185,6 +187,8 @@ class AgentLoop:
         match effect:
             case fx.SendTask():
                 self._send_task(effect)
+            case fx.RunTask():
+                self._run_task(effect)
             case fx.ReportStarted():
                 self._started.append(effect.attempt)
                 if self._started_timer is None:
@@ -452,9 +456,13 @@ class AgentLoop:
         if template is not None:
             template.send(head, descriptors)
 
-    def _template_said(self, template: forkserver.Template, head: control.FromTemplate, descriptors: list[int]) -> None:
+    def _template_said(
+        self, template: forkserver.Template, head: control.FromTemplate, body: bytes, descriptors: list[int]
+    ) -> None:
         number = template.number
         match head:
+            case control.Done():
+                self.children.done(head, body, descriptors)
             case control.Forked():
                 child = self.children.forked(template, head, descriptors)
                 self.dispatch(events.ChildForked(head.child, head.pid))
@@ -657,28 +665,9 @@ class AgentLoop:
             return
         child.is_watched = child.kind == "fork" or start.start == "fresh" or self._is_demoted(child.number)
         scratch = child.scratch = f"{self._scratch}/{start.attempt}"
-        head: dict[str, object] = {
-            "t": "task",
-            "attempt": f"{start.attempt.epoch}.{start.attempt.n}",
-            "ordinal": start.ordinal,
-            "job": start.job,
-            "index": start.index,
-            "node": self.state.node,
-            "function": function,
-            "parts": names,
-            "fds": file_names,
-            "cpus": grant.cpus or None,
-            "threads": grant.threads,
-            "seed": options.seed,
-            "env": self._marks(start, grant),
-            "python": start.python,
-            "scratch": scratch,
-            "gpus": grant.gpus,
-            "discard": options.stdout == "discard",
-            "limits": {},
-            "quiet": effect.is_quiet,
-            "groups": self.children.limits.enter(child.number, options.memory_bytes, grant.pids),
-        }
+        head = self._task_head(start, options, grant, names, file_names, scratch)
+        head["quiet"] = effect.is_quiet
+        head["groups"] = self.children.limits.enter(child.number, options.memory_bytes, grant.pids)
         self.children.send_task(
             child,
             head,
@@ -691,12 +680,85 @@ class AgentLoop:
         for fd in files:
             os.close(fd)
 
+    def _task_head(  # noqa: PLR0917
+        self,
+        start: AttemptStart,
+        options: TaskOptions,
+        grant: fx.Grant,
+        names: list[tuple[str, int]],
+        file_names: list[str],
+        scratch: str,
+    ) -> dict[str, Any]:
+        """What a child is told of its task."""
+        return {
+            "t": "task",
+            "attempt": f"{start.attempt.epoch}.{start.attempt.n}",
+            "ordinal": start.ordinal,
+            "job": start.job,
+            "index": start.index,
+            "node": self.state.node,
+            "function": start.function or "",
+            "parts": names,
+            "fds": file_names,
+            "cpus": grant.cpus or None,
+            "threads": grant.threads,
+            "seed": options.seed,
+            "env": self._marks(start, grant),
+            "python": start.python,
+            "scratch": scratch,
+            "gpus": grant.gpus,
+            "discard": options.stdout == "discard",
+            "limits": {},
+            "quiet": True,
+            "groups": (),
+        }
+
+    def _run_task(self, effect: fx.RunTask) -> None:
+        template = self._templates.get(effect.template)
+        if template is None:
+            return
+        start, options, grant = effect.attempt, effect.options, effect.grant
+        function = start.function or ""
+        parts: list[bytes] = []
+        content = self.functions.get(start.function) if start.function is not None else None
+        if content is None:
+            message = f"function {function} is not on node {self.state.node} any more"
+            self.dispatch(events.ChildForkFailed(effect.child, message))
+            return
+        scratch = f"{self._scratch}/{start.attempt}"
+        parts += [content, self._content(start.args)]
+        names = [("function", len(content)), ("args", len(parts[1]))]
+        if options.retry_on:
+            parts.append(options.retry_on)
+            names.append(("retry_on", len(options.retry_on)))
+        for job, index, payload in start.deps:
+            parts.append(payload.inline)
+            names.append((f"dep:{job}:{index}", len(payload.inline)))
+        head = self._task_head(start, effect.options, grant, names, [], scratch)
+        text = encode_json(head)
+        marks = head["env"]
+        first = len(text)
+        middle = first + len(content)
+        order: dict[str, object] = {
+            "t": "run",
+            "child": effect.child,
+            "cpus": grant.cpus or None,
+            "attempt": marks["HERDER_ATTEMPT"],
+            "plain": options.seed is None and options.stdout != "discard" and len(marks) == 1 and not start.deps,
+            "threads": grant.threads,
+            "python": start.python,
+            "len": first,
+            "cuts": (first, middle, middle + len(parts[1])),
+        }
+        self.children.hand(effect.child, effect.template, scratch)
+        template.run(order, [text, *parts])
+
     def _signal(self, effect: fx.SignalChild) -> None:
-        child = self.children.get(effect.child)
-        if child is not None:
-            self._order(child.template, {"t": "kill", "child": child.number, "signal": int(effect.signal)})
+        template = self.children.template_of(effect.child)
+        if template:
+            self._order(template, {"t": "kill", "child": effect.child, "signal": int(effect.signal)})
             if effect.signal == signal.SIGKILL:
-                self.children.limits.kill(child.number)
+                self.children.limits.kill(effect.child)
 
     # Reports.
 

@@ -32,11 +32,12 @@ def become(stem: build.Template, parent: int, end: _socket.socket, log: int) -> 
     Never returns, and never unwinds into the parent's serving, which would kill the parent's children.
     """
     try:
-        hooks.take_up()
+        hooks.makes_up()()
         os.setsid()
         system.die_with(parent)
         _take_descriptors(stem, end, log)
-        _forget_processes()
+        if "multiprocessing.util" in sys.modules:
+            child.forget_processes()
         _live(stem, wire.adopt(life.CONTROL))
     except (BrokenPipeError, ConnectionResetError, wire.BrokenFrame):
         pass  # the agent is gone
@@ -55,13 +56,13 @@ def _live(stem: build.Template, channel: wire.Channel) -> None:
     opening["began"] = time.monotonic()
     if opening["workload"].get("key") == stem.key:
         _replicate(stem, channel, opening)
-        serve.Server(channel, stem.become_child, stem.become_branch).run()
+        serve.Server(channel, stem.births, stem.become_branch).run()
         return
     hooks.watch()
     template = build.Template(channel, opening, setup, stem)
-    become_child = template.build()
-    if become_child is not None:
-        serve.Server(channel, become_child, template.become_branch).run()
+    births = template.build()
+    if births is not None:
+        serve.Server(channel, births, template.become_branch).run()
 
 
 def _replicate(stem: build.Template, channel: wire.Channel, opening: dict[str, Any]) -> None:
@@ -83,11 +84,3 @@ def _take_descriptors(stem: build.Template, end: _socket.socket, log: int) -> No
         os.closerange(low, kept.fd)
         low = max(low, kept.fd + 1)
     os.closerange(low, child.DESCRIPTORS_END)
-
-
-def _forget_processes() -> None:
-    """What preload left running is the parent's, not this process's."""
-    util = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        sys.modules["multiprocessing.process"]._children.clear()
-        util._run_after_forkers()

@@ -8,18 +8,16 @@ state is tried. When no state is left, or after `LIVES_MAX` lives, it says "fres
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import sys
 import time
 
-from . import audit, canary, child, cures, handover, life, objects, preload, rehome, seal, system, wire
+from . import audit, birth, canary, child, cures, handover, life, objects, preload, rehome, seal, system, wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Callable
     from typing import Any, NoReturn
 
 #: Times that a template may begin, counting the first: a canary that hangs costs some seconds each.
@@ -33,7 +31,7 @@ class Template:
     """
 
     plan: child.Plan
-    become_child: Callable[[int, child.Ends], NoReturn]
+    births: birth.Births
 
     def __init__(
         self, channel: wire.Channel, opening: dict[str, Any], setup: bytes, stem: Template | None = None
@@ -76,8 +74,8 @@ class Template:
 
         branch.become(self, parent, end, log)
 
-    def build(self) -> Callable[[int, child.Ends], NoReturn] | None:
-        """Take the steps. Returns what a forked child is to become, or None when the agent was told that none can
+    def build(self) -> birth.Births | None:
+        """Take the steps. Returns what its children are to do, or None when the agent was told that none can
         be."""
         gc.disable()
         rehome.prepare()
@@ -171,7 +169,7 @@ class Template:
         script = next(i for i, word in enumerate(original) if word == sys.argv[0])
         os.execv(sys.executable, [sys.executable, *original[1 : script + 1], str(life.CONTROL), str(fd)])
 
-    def _prove(self, taken: list[str], rest: list[str]) -> Callable[[int, child.Ends], NoReturn] | None:
+    def _prove(self, taken: list[str], rest: list[str]) -> birth.Births | None:
         """Fork a canary; if it sings, seal and be ready."""
         plan = child.Plan(
             seen=self._seen,
@@ -186,6 +184,7 @@ class Template:
         began = time.perf_counter()
         kept = self._reports[-1].kept
         sealed = seal.seal(plan, kept)
+        plan.runner.anon_bytes = system.anon_bytes()
         seconds = time.perf_counter() - began
         complaint = canary.trial(plan)
         plan.rest = rest  # not in the canary, whose time is limited
@@ -218,9 +217,10 @@ class Template:
         how["shared"] = rehome.moved.size_bytes
         account = {**plan.account, **self._published.tell(self._steps, rest)}
         self.plan, self.how = plan, {**how, **account, "value_fd": -1}
-        self.become_child = functools.partial(child.run_forked, plan)
+        plan.takes_plain = not rest and not plan.kept and plan.runner.is_ordinary
+        self.births = birth.Births(plan)
         life.send_ready(self._channel, self._opening, {**how, **account})
-        return self.become_child
+        return self.births
 
     def _tell_fresh(self, reason: str) -> None:
         python = preload.python_tag() if "cloudpickle" in sys.modules else ""

@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 #: A child's task socket, and the write ends of its stdout and stderr pipes.
 if TYPE_CHECKING:
     Ends = tuple[_socket.socket, int, int]
+    #: The head of a `run` and its body: the task's own head, as text, and its parts.
+    Order = tuple[dict[str, Any], memoryview]
 
 #: Threads which a task left running get this long to end, as at the end of a program.
 EXIT_LIMIT_S = 5.0
 #: The interpreter specialises code that has run this often, and a little more.
 WARM_UP_ROUNDS = 20
+#: Above every descriptor that a process may have.
+DESCRIPTORS_END = 1 << 20
 #: Status of a child whose own code, not the task's, went wrong.
 STATUS_INTERNAL = 70
 
@@ -60,6 +64,8 @@ class Plan:
         self.rest = rest
         self.steps = steps
         self.kept: list[Kept] = []
+        #: Whether children of this template can run plain tasks (`plain`); settled when it is sealed.
+        self.takes_plain = False
         #: Whether the workload wants setup's value immortal.
         self.immortal = True
         #: What `ready` says of the sealing, for the workload's report.
@@ -79,23 +85,40 @@ class Plan:
         self.part_streams = streams.parting(self.runner.generators)
 
 
-def run_forked(plan: Plan, parent: int, ends: Ends) -> NoReturn:
-    """Become a child, with its task socket and the write ends of its stdout and stderr pipes."""
+def run_forked(plan: Plan, parent: int, ends: Ends, order: Order | None = None) -> NoReturn:
+    """Become a child, with its task socket and the write ends of its stdout and stderr pipes. One that has its only
+    task from the start needs no rehearsal."""
     status = STATUS_INTERNAL
     try:
         _become(plan, parent, ends)
+        if order is not None:
+            run_one(plan, order)
+            leave(0)
         _replay(plan)
         plan.rehearsal.run(plan.runner)
         status = serve(plan.channel, plan.runner, plan.tasks_max)
     except BaseException:  # noqa: BLE001 - the top of a process: nothing of it may run on into the template's code
-        sys.stderr.write(failures.traceback_text(sys.exc_info()[1] or RuntimeError("unknown")))
+        say_what_broke()
     finally:
         leave(status)
     raise AssertionError("not reached")
 
 
+def run_one(plan: Plan, order: Order) -> None:
+    """The life of a child whose task came with the fork, after `_become`."""
+    run, body = order
+    head = wire.decode_head(bytes(body[: run["len"]]))
+    plan.runner.be_young()
+    try:
+        plan.runner.run(plan.channel, head, body[run["len"] :])
+    except task.Exit as ended:
+        leave(ended.status)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
 def _become(plan: Plan, parent: int, ends: Ends) -> None:
-    hooks.take_up()
+    hooks.makes_up()()
     os.setsid()
     system.die_with(parent)
     system.become_subreaper()
@@ -152,7 +175,7 @@ def run_fresh(fd: int) -> NoReturn:
         workload = opening.get("workload") or {}
         status = serve(channel, runner, int(workload.get("max_tasks_per_child", 1)))
     except BaseException:  # noqa: BLE001 - the top of a process
-        sys.stderr.write(failures.traceback_text(sys.exc_info()[1] or RuntimeError("unknown")))
+        say_what_broke()
     finally:
         leave(status)
     raise AssertionError("not reached")
@@ -184,6 +207,11 @@ def serve(channel: wire.Channel, runner: task.Runner, tasks_max: int) -> int:
         if done == tasks_max or runner.unfit:
             return 0
         runner.restore()
+
+
+def say_what_broke() -> None:
+    """The last words of a process of ours that should not have ended so."""
+    sys.stderr.write(failures.traceback_text(sys.exc_info()[1] or RuntimeError("unknown")))
 
 
 def leave(status: int) -> NoReturn:
@@ -255,11 +283,15 @@ def _after_fork(plan: Plan) -> None:
     import gc
 
     gc.enable()
-    util = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        sys.modules["multiprocessing.process"]._children.clear()
-        util._run_after_forkers()
+    if "multiprocessing.util" in sys.modules:
+        forget_processes()
     plan.part_streams()
+
+
+def forget_processes() -> None:
+    """What the template's multiprocessing has started is not this process's."""
+    sys.modules["multiprocessing.process"]._children.clear()
+    sys.modules["multiprocessing.util"]._run_after_forkers()
 
 
 def _replay(plan: Plan) -> None:
@@ -309,6 +341,3 @@ def _end_multiprocessing() -> None:
     for child in list(process._children):
         if child.daemon:
             child.terminate()
-
-
-DESCRIPTORS_END = 1 << 20

@@ -138,6 +138,11 @@ def _has_own_init(kind: type[BaseException]) -> bool:
     )
 
 
+def cannot_unpickle(what: str, error: BaseException) -> Refusal:
+    """What arrived for a task is of no use here."""
+    return Refusal("cannot_unpickle", unpickling_message(what, error))
+
+
 def unpickling_message(what: str, error: BaseException) -> str:
     """Why a function or an argument could not be unpickled here, and what to do."""
     text = f"{what} could not be unpickled on this node: {type_name(error)}: {message_of(error)}"

@@ -54,9 +54,9 @@ def _become(channel: wire.Channel, opening: dict[str, Any], setup: bytes) -> Non
     from . import build
 
     template = build.Template(channel, opening, setup)
-    become_child = template.build()
-    if become_child is not None:
-        serve.Server(channel, become_child, template.become_branch).run()
+    births = template.build()
+    if births is not None:
+        serve.Server(channel, births, template.become_branch).run()
 
 
 def _settle() -> None:

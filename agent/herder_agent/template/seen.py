@@ -64,7 +64,8 @@ class Task:
         return f"<herder task {self.id}, attempt {self.attempt} on {self.node}>"
 
 
-_task: Task | None = None
+#: The running task; its head as text while nobody has asked for it.
+_task: Task | memoryview | None = None
 _value: Any = None
 _dependencies: dict[tuple[str, int], Any] = {}
 #: The process's task socket, over which a task may make itself a client; the client; held while either changes, as
@@ -76,6 +77,11 @@ _gate = _thread.allocate_lock()
 
 def task() -> Task:
     """The running task. Raises RuntimeError outside of one."""
+    global _task
+    if isinstance(_task, memoryview):
+        import json
+
+        _task = Task(json.loads(bytes(_task)))
     if _task is None:
         raise RuntimeError("herder.task() was called outside a task: only code that Herder runs as a task has one")
     return _task
@@ -150,7 +156,7 @@ def client(make: Callable[[int, Task], Any]) -> Any:
                 _channel.send({"t": "client"}, b"", [theirs.fileno()])
             finally:
                 theirs.close()
-            _client = make(ours.detach(), _task)
+            _client = make(ours.detach(), task())
         return _client
 
 
@@ -177,10 +183,22 @@ def leave(well: bool = False) -> None:
     if _client is not None:
         _client.leave(well)
     with _gate:
-        if _task is not None:
+        if isinstance(_task, Task):
             _task.clean()
         _task = _client = None
     _dependencies = {}
+
+
+def announce(head: memoryview) -> None:
+    """The task of this head, as JSON, is about to begin, in a fork of this process. It has no dependencies."""
+    global _task
+    _task = head
+
+
+def withdraw() -> None:
+    """The task is another process's."""
+    global _task
+    _task = None
 
 
 def share(value: Any) -> None:

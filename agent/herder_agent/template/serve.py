@@ -7,6 +7,8 @@ Who holds which end. A child's task socket and output pipes are made here; the c
 the fork, the agent's ends right after they were sent. So an end of file means to each side that the other is gone. The
 pidfd stays here until the child is reaped.
 
+A child that was forked with its task (`run`) is told of when it is over, unless it lives for long: see `young`.
+
 No process id is trusted alone. A child is a zombie until it is reaped here, so its id, which is also its process
 group's, cannot have been used again when the group is killed. Orphans of a child that is gone become this process's
 children (it is a subreaper, as each child is for its own while it lives); whatever child is here that nobody knows is
@@ -22,34 +24,23 @@ import select
 import signal
 import time
 
-from . import spawn, system, wire
+from . import spawn, system, wire, young
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import resource
     from collections.abc import Callable
     from typing import Any, NoReturn
+
+    from . import birth
 
 #: An orphan that does not die of SIGKILL (it hangs in the kernel) holds up `exited` no longer than this.
 ORPHAN_LIMIT_S = 5.0
 #: Children are forked so many in a row, and told of together: more would let the first one's task wait.
 FORKS_IN_A_ROW = 4
+_RUN = b'{"t":"run"'
 #: Rounds of killing a tree of processes that forks while it is being killed.
 KILL_ROUNDS_MAX = 16
-
-
-class Child:
-    """A child that has not been reaped. `failure` is the pipe that tells why an exec failed, -1 when that is
-    settled."""
-
-    __slots__ = ("failure", "fds", "id", "message", "pid", "pidfd")
-
-    def __init__(self, id: int, pid: int, pidfd: int, fds: list[int], failure: int) -> None:  # noqa: A002
-        self.id = id
-        self.pid = pid
-        self.pidfd = pidfd
-        self.fds = fds
-        self.failure = failure
-        self.message = ""
 
 
 class Ends:
@@ -86,30 +77,32 @@ class Ends:
 
 
 class Server:
-    """Serves `fork`, `branch`, `exec`, `kill`, `stats`, `exit`.
+    """Serves `fork`, `run`, `branch`, `exec`, `kill`, `stats`, `exit`.
 
-    `become_child` is what a forked child does, given its parent and its socket and pipes; `become_branch` what a branch
-    does, given its parent, its control socket and its output (-1: as here). None in a spawner.
+    `births` says what a forked child does; `become_branch` is what a branch does, given its parent, its control socket
+    and its output (-1: as here). None in a spawner.
     """
 
     def __init__(
         self,
         channel: wire.Channel,
-        become_child: Callable[[int, tuple[_socket.socket, int, int]], NoReturn] | None,
+        births: birth.Births | None,
         become_branch: Callable[[int, _socket.socket, int], NoReturn] | None = None,
     ) -> None:
         self._channel = channel
-        self._become_child = become_child
+        self._births = births
         self._become_branch = become_branch
         #: Pids of branches by their pidfds.
         self._branches: dict[int, int] = {}
         self._pid = os.getpid()
         self._poll = select.epoll()
         self._poll.register(channel.socket.fileno(), select.EPOLLIN)
-        self._children: dict[int, Child] = {}
-        self._by_fd: dict[int, Child] = {}
+        self._children: dict[int, young.Child] = {}
+        self._by_fd: dict[int, young.Child] = {}
         self._unsent: list[bytes] = []
-        self._ended: list[tuple[float, bytes]] = []
+        #: Children that were reaped and are not told of yet, and until when their orphans are waited for.
+        self._ended: list[tuple[float, young.Child, int, resource.struct_rusage]] = []
+        self._nursery = None if births is None else young.Nursery(births, self._poll, self._children, self._by_fd)
         self._oom = system.open_or_none("/proc/self/oom_score_adj", os.O_RDWR)
         self._below = system.open_or_none(f"/proc/self/task/{self._pid}/children", os.O_RDONLY)
         #: Processes that preload or setup left behind on purpose.
@@ -125,7 +118,7 @@ class Server:
                 return
             self._send_unsent()
             while True:
-                for fd, _ in self._poll.poll(0.05 if self._ended else -1):
+                for fd, _ in self._poll.poll(self._wait_s()):
                     if fd == control:
                         if not self._answer():
                             return
@@ -134,11 +127,18 @@ class Server:
                     elif fd in self._branches:
                         self._reap_branch(fd)
                 self._settle_ended()
+                if self._nursery is not None and self._nursery.young:
+                    self._tell_of_the_old(self._nursery)
                 self._send_unsent()
         except (BrokenPipeError, ConnectionResetError, wire.BrokenFrame):
             return
         finally:
             self._kill_all()
+
+    def _wait_s(self) -> float:
+        if self._ended:
+            return 0.05
+        return self._nursery.wait_s() if self._nursery is not None else -1
 
     def _answer(self) -> bool:
         """Deal with all frames that have arrived. False when this is the end."""
@@ -148,6 +148,8 @@ class Server:
                 return False
             head = frame[0]
             match head.get("t"):
+                case "run":
+                    self._run(head, frame[1])
                 case "fork":
                     self._fork_all(head)
                 case "exec":
@@ -165,6 +167,32 @@ class Server:
             if not self._channel.has_frame():
                 return True
 
+    def _run(self, head: dict[str, Any], body: memoryview) -> None:
+        """Fork a child with this task, and those of the frames behind it, in rows."""
+        if self._nursery is None:
+            self._refuse(head["child"], "a spawner has no workload to fork")
+            return
+        orders: list[young.Order] = []
+        while self._channel.next_is(_RUN) and len(orders) < FORKS_IN_A_ROW - 1:
+            orders.append((head, memoryview(bytes(body))))  # the next frame takes its place
+            frame = self._channel.receive()
+            assert frame is not None
+            head, body = frame
+        orders.append((head, body))
+        self._score(system.CHILD_OOM_SCORE_ADJ)
+        try:
+            refused = self._nursery.fork(orders)
+        finally:
+            self._score(0)
+        for id, reason in refused:  # noqa: A001
+            self._refuse(id, reason)
+
+    def _tell_of_the_old(self, nursery: young.Nursery) -> None:
+        """The agent gets to know children that are young no more."""
+        old = nursery.release()
+        for start in range(0, len(old), FORKS_IN_A_ROW):
+            self._announce(old[start : start + FORKS_IN_A_ROW])
+
     def _fork_all(self, head: dict[str, Any]) -> None:
         ids = [each["child"] for each in head.get("children", ())]
         self._score(system.CHILD_OOM_SCORE_ADJ)
@@ -179,8 +207,8 @@ class Server:
 
         After a fork each page that is written to must be copied, here as in the child: so nothing is done between two.
         """
-        become_child, parent, fork = self._become_child, self._pid, os.fork
-        if become_child is None:
+        births, parent, fork = self._births, self._pid, os.fork
+        if births is None:
             for id in ids:  # noqa: A001
                 self._refuse(id, "a spawner has no workload to fork")
             return
@@ -202,7 +230,7 @@ class Server:
                 continue
             if pid == 0:
                 assert ends.far is not None
-                become_child(parent, (ends.far, ends.theirs[0], ends.theirs[1]))
+                births.idle(parent, (ends.far, ends.theirs[0], ends.theirs[1]))
             forked.append((id, ends, pid))
         self._announce([self._adopt(child, ends, pid, -1) for child, ends, pid in forked])
 
@@ -275,15 +303,15 @@ class Server:
     def _refuse(self, id: int, reason: str | None) -> None:  # noqa: A002
         self._send({"t": "fork_failed", "child": id, "message": f"cannot fork: {reason}"})
 
-    def _adopt(self, id: int, ends: Ends, pid: int, failure: int) -> Child:  # noqa: A002
+    def _adopt(self, id: int, ends: Ends, pid: int, failure: int) -> young.Child:  # noqa: A002
         pidfd = os.pidfd_open(pid)
         ends.close_theirs()
-        made = Child(id, pid, pidfd, ends.ours, failure)
+        made = young.Child(id, pid, pidfd, ends.ours, failure)
         self._children[id] = made
         self._watch(pidfd, made)
         return made
 
-    def _watch(self, fd: int, made: Child) -> None:
+    def _watch(self, fd: int, made: young.Child) -> None:
         self._by_fd[fd] = made
         self._poll.register(fd, select.EPOLLIN)
 
@@ -293,7 +321,7 @@ class Server:
         del self._by_fd[fd]
         os.close(fd)
 
-    def _announce(self, children: list[Child]) -> None:
+    def _announce(self, children: list[young.Child]) -> None:
         """Tell of these children in one message of the socket's; each frame takes its descriptors in turn."""
         self._send_unsent()
         frames: list[bytes] = []
@@ -308,18 +336,18 @@ class Server:
         for made in children:
             self._drop_ends(made)
 
-    def _drop_ends(self, made: Child) -> None:
+    def _drop_ends(self, made: young.Child) -> None:
         for fd in made.fds:
             os.close(fd)
         made.fds = []
 
-    def _attend(self, fd: int, made: Child) -> None:
+    def _attend(self, fd: int, made: young.Child) -> None:
         if made.failure >= 0:
             self._hear_exec(made)
         if fd == made.pidfd:
             self._reap(made)
 
-    def _hear_exec(self, made: Child) -> None:
+    def _hear_exec(self, made: young.Child) -> None:
         made.message = os.read(made.failure, 4096).decode("utf-8", "replace")
         self._forget(made.failure)
         made.failure = -1
@@ -328,37 +356,49 @@ class Server:
         else:
             self._announce([made])
 
-    def _reap(self, made: Child) -> None:
+    def _reap(self, made: young.Child) -> None:
         _signal_group(made.pid, signal.SIGKILL)
         _, status, usage = os.wait4(made.pid, 0)
         self._forget(made.pidfd)
         del self._children[made.id]
         if made.message:
             self._send({"t": "fork_failed", "child": made.id, "message": made.message, "exec": True})
-            return
-        head = (
-            f'{{"t":"exited","child":{made.id},"pid":{made.pid},"status":{status},"utime":{usage.ru_utime!r},'
-            f'"stime":{usage.ru_stime!r},"minflt":{usage.ru_minflt},"majflt":{usage.ru_majflt},'
-            f'"nvcsw":{usage.ru_nvcsw},"nivcsw":{usage.ru_nivcsw},"inblock":{usage.ru_inblock},'
-            f'"oublock":{usage.ru_oublock}}}'
-        ).encode()
-        self._ended.append((time.monotonic() + ORPHAN_LIMIT_S, wire.HEADER.pack(len(head), 0) + head))
+        else:
+            self._ended.append((time.monotonic() + ORPHAN_LIMIT_S, made, status, usage))
 
     def _settle_ended(self) -> None:
         """Report the children whose orphans are gone by now."""
-        if not self._ended or (self._kill_orphans() and time.monotonic() < self._ended[0][0]):
+        if not self._ended:
             return
-        self._unsent.extend(frame for _, frame in self._ended)
-        self._ended.clear()
+        has_orphans = self._kill_orphans()
+        if has_orphans and time.monotonic() < self._ended[0][0]:
+            return
+        ended, self._ended = self._ended, []
+        for _, made, status, usage in ended:
+            if made.near is None:
+                self._unsent.append(_exited(made, status, usage))
+                continue
+            assert self._nursery is not None
+            frame, passed = self._nursery.sum_up(made, status, usage, has_orphans)
+            self._unsent.append(frame)
+            if passed:
+                # Descriptors come with the first byte of their frame.
+                self._unsent.pop()
+                self._send_unsent()
+                self._channel.send_packed(frame, passed)
+                for fd in passed:
+                    os.close(fd)
 
     def _kill_orphans(self) -> bool:
         """Kill and reap the children that nobody knows. True while there are some."""
         if self._below is None:
             return False
+        found = os.pread(self._below, 1 << 16, 0).split()
+        if len(found) == len(self._known) + len(self._children):
+            return False  # whom we know is there until we have reaped him
         known = self._known | {made.pid for made in self._children.values()}
-        found = [int(word) for word in os.pread(self._below, 1 << 16, 0).split()]
         left = False
-        for pid in found:
+        for pid in map(int, found):
             if pid in known:
                 continue
             os.kill(pid, signal.SIGKILL)  # our own child, not reaped: the id is its own
@@ -398,6 +438,16 @@ class Server:
 
     def _log(self, level: str, text: str) -> None:
         self._send({"t": "log", "level": level, "text": text})
+
+
+def _exited(made: young.Child, status: int, usage: resource.struct_rusage) -> bytes:
+    head = (
+        f'{{"t":"exited","child":{made.id},"pid":{made.pid},"status":{status},"utime":{usage.ru_utime!r},'
+        f'"stime":{usage.ru_stime!r},"minflt":{usage.ru_minflt},"majflt":{usage.ru_majflt},'
+        f'"nvcsw":{usage.ru_nvcsw},"nivcsw":{usage.ru_nivcsw},"inblock":{usage.ru_inblock},'
+        f'"oublock":{usage.ru_oublock}}}'
+    ).encode()
+    return wire.HEADER.pack(len(head), 0) + head
 
 
 def kill_tree(pid: int, number: int) -> None:

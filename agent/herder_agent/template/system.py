@@ -14,15 +14,18 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MADV_COLLAPSE = 25
 HUGE_PAGE_BYTES = 2 << 20
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 #: Size of glibc's `FILE` on 64-bit machines; its layout is part of the ABI. The first words are its flags and pointers.
 _STREAM_BYTES = 216
+#: ... and how far apart the standard ones may lie, with what glibc keeps between them.
+_STDIO_BYTES_MAX = 4096
 #: Badness added to a child, so that it dies of memory pressure before its template and the agent.
 CHILD_OOM_SCORE_ADJ = 500
 
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _libc = ctypes.CDLL(None, use_errno=True)
 #: Without conversions, errno and the release of the interpreter's lock: a forked child pays for each in page faults.
-_prctl = ctypes.PyDLL(None).prctl
+prctl = ctypes.PyDLL(None).prctl
 _fflush = _libc.fflush
 _fflush.argtypes = (ctypes.c_void_p,)
 _mmap = _libc.mmap
@@ -36,14 +39,14 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 def die_with(parent: int) -> None:
     """Ask to be killed when the thread that made this process ends; end now if that has already happened."""
-    _prctl(PR_SET_PDEATHSIG, 9)
+    prctl(PR_SET_PDEATHSIG, 9)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def become_subreaper() -> None:
     """Orphans of this process's descendants become its children, and not the agent's or init's."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def set_limit(name: str, soft: int, hard: int) -> None:
@@ -82,32 +85,34 @@ class CStreams:
     """
 
     def __init__(self) -> None:
-        self._watched: list[memoryview] = []
-        self._clean: list[bytes] = []
+        #: The streams' memory as it is, and as it was when nothing was in them; never equal where that is not known.
+        self.memory: memoryview | None = None
+        self.clean: bytes | None = b""
 
     def settle(self) -> None:
         """Flush; what is written from now on will be seen."""
         _fflush(None)
-        self._watched = _stdio_memory()
-        self._clean = [memory.tobytes() for memory in self._watched]
+        self.memory = _stdio_memory()
+        self.clean = b"" if self.memory is None else self.memory.tobytes()
 
     def flush(self) -> None:
-        if self._watched and [memory.tobytes() for memory in self._watched] == self._clean:
-            return
-        self._watched = []
-        _fflush(None)
+        if self.memory != self.clean:
+            self.memory = None
+            _fflush(None)
 
 
-def _stdio_memory() -> list[memoryview]:
-    """The head of glibc's list of streams, stdout and stderr; nothing where other streams are open."""
+def _stdio_memory() -> memoryview | None:
+    """The head of glibc's list of streams, stdout and stderr, which lie together; None where other streams are open."""
     try:
         out, err, front = (ctypes.c_void_p.in_dll(_libc, name) for name in ("stdout", "stderr", "_IO_list_all"))
     except ValueError:
-        return []
+        return None
     if not out.value or not err.value or front.value != err.value:
-        return []
-    stream = ctypes.c_char * _STREAM_BYTES
-    return [memoryview(front), memoryview(stream.from_address(out.value)), memoryview(stream.from_address(err.value))]
+        return None
+    parts = [(ctypes.addressof(front), 8), (out.value, _STREAM_BYTES), (err.value, _STREAM_BYTES)]
+    start = min(address for address, _ in parts)
+    length = max(address + size for address, size in parts) - start
+    return memory_at(start, length).cast("B") if length <= _STDIO_BYTES_MAX else None
 
 
 def write_memory(address: int, content: bytes) -> None:
@@ -216,6 +221,13 @@ def memory_bytes(pid: int | str = "self") -> tuple[int, int]:
             elif line.startswith(b"RssAnon:"):
                 anonymous = int(line.split()[1]) * 1024
     return resident, anonymous
+
+
+def anon_bytes() -> int:
+    """Private memory of this process."""
+    with open("/proc/self/statm", "rb") as file:
+        words = file.read().split()
+    return (int(words[1]) - int(words[2])) * PAGE_BYTES
 
 
 def open_or_none(path: str, flags: int) -> int | None:

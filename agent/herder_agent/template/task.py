@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Results up to this travel in their frame, larger ones in a sealed memfd.
 INLINE_BYTES_MAX = 64 * 1024
+#: A task that took less cannot have touched memory worth a look.
+UNSAMPLED_S = 0.002
 #: Functions kept unpickled by a reusable child.
 FUNCTIONS_MAX = 64
 THREAD_VARIABLES = (
@@ -75,13 +77,27 @@ class Runner:
         #: Those that setup and preloaded modules made.
         self.generators = generators.NONE
         self._pipes: tuple[int, ...] | None = None
+        #: Private memory of the template, which its children begin with; and whether a task is to say what it has more.
+        self.anon_bytes = 0
+        self._tells_peak = False
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether a task can begin here without anything being put right first."""
+        return not self.unfit and self.setup_error is None and self._latecomers.seed is None
+
+    def is_set_up_for(self, threads: int, python: str) -> bool:
+        """Whether numerical libraries have so many threads, and code pickled by value under this Python runs here."""
+        return threads == self._threads and (not python or python == self.python)
+
+    def be_young(self) -> None:
+        """Nobody hears of this process before its task is over."""
+        self._tells_peak = True
 
     def run(self, channel: wire.Channel, head: dict[str, Any], body: memoryview) -> None:
         """Run the task of this frame and answer it. Raises Exit, or OSError when the agent is gone."""
         pid = os.getpid()
         retry_on: Any = None
-        error: BaseException | None = None
-        answer = b""
         used = _NOTHING_USED
         try:
             parts = self._parts(channel, head, body)
@@ -97,35 +113,42 @@ class Runner:
             finally:
                 used = usage.stop()
                 self._below = usage.below
-                self._judge(used)
+                self.judge(used)
                 if os.getpid() != pid:
                     raise Exit(0)
             del function, args, kwargs
-            answer = self._pickle(value)
-        except SystemExit as ended:
-            raise Exit(_exit_status(ended)) from None
-        except failures.Refusal as refusal:
-            self.seen.leave()
-            flush_all()
-            head = {"t": "error", "cause": refusal.cause, "type": "", "message": str(refusal), "traceback": ""}
-            cause = refusal.__cause__
-            if cause is not None:
-                head["type"], head["traceback"] = failures.type_name(cause), failures.traceback_text(cause)
-            channel.send({**head, "retryable": refusal.cause == "start_failed", "pickled": -1, **used})
-            return
-        except Exit:
-            raise
+            answer = self.pickle(value)
         except BaseException as raised:  # noqa: BLE001 - whatever the user's code raised is the task's outcome
-            error = raised
-        finally:
-            # Before the answer: who has answered has tidied up.
-            self.seen.leave(bool(answer))
-        flush_all()
-        if error is None:
-            self._send_result(channel, answer, used)
+            self.answer_failure(channel, raised, retry_on, used)
             return
-        self._send_exception(channel, error, retry_on, used)
-        del error  # its traceback holds this frame
+        self.answer(channel, answer, used)
+
+    def answer(self, channel: wire.Channel, content: bytes, used: dict[str, float]) -> None:
+        """Send a task's value."""
+        # Before the answer: who has answered has tidied up.
+        self.seen.leave(True)
+        flush_all()
+        self._send_result(channel, content, used)
+
+    def answer_failure(
+        self, channel: wire.Channel, raised: BaseException, retry_on: Any, used: dict[str, float] | None = None
+    ) -> None:
+        """Answer a task that gave no value. Raises Exit where it ended its process."""
+        used = used or _NOTHING_USED
+        self.seen.leave()
+        if isinstance(raised, Exit):
+            raise raised
+        if isinstance(raised, SystemExit):
+            raise Exit(_exit_status(raised)) from None
+        flush_all()
+        if not isinstance(raised, failures.Refusal):
+            self._send_exception(channel, raised, retry_on, used)
+            return
+        head = {"t": "error", "cause": raised.cause, "type": "", "message": str(raised), "traceback": ""}
+        cause = raised.__cause__
+        if cause is not None:
+            head["type"], head["traceback"] = failures.type_name(cause), failures.traceback_text(cause)
+        channel.send({**head, "retryable": raised.cause == "start_failed", "pickled": -1, **used})
 
     def rehearse(self, head: dict[str, Any], body: memoryview) -> None:
         """As `run`, without a word to the agent."""
@@ -133,7 +156,7 @@ class Runner:
         function, (args, kwargs) = self._unpickle(head, parts)
         usage = Usage()
         value = function(*args, **kwargs)
-        _result_frame(self._pickle(value), usage.stop())
+        _result_frame(self.pickle(value), usage.stop())
         self._functions.clear()
         self.seen.leave()
         flush_all()
@@ -153,8 +176,11 @@ class Runner:
             self.unfit = f"what the task before changed could not be put back: {error}"
         self._discarding = False
 
-    def _judge(self, used: dict[str, float]) -> None:
-        """Say with the answer if it is the last, since the task left what cannot be put back."""
+    def judge(self, used: dict[str, float]) -> None:
+        """Say with the answer how much memory it has, where nobody else can see that; and if it is the last, since the
+        task left what cannot be put back."""
+        if self._tells_peak and used["wall"] >= UNSAMPLED_S:
+            used["peak"] = max(0, system.anon_bytes() - self.anon_bytes)
         if self._baseline is not None and not self.unfit:
             self.unfit = self._baseline.drift()
         if self.unfit:
@@ -286,11 +312,10 @@ class Runner:
         except (failures.Refusal, SystemExit):
             raise
         except BaseException as error:
-            raise failures.Refusal(
-                "cannot_unpickle", failures.unpickling_message(f"the task's {what}", error)
-            ) from error
+            raise failures.cannot_unpickle(f"the task's {what}", error) from error
 
-    def _pickle(self, value: Any) -> bytes:
+    def pickle(self, value: Any) -> bytes:
+        """A task's value as bytes. Raises Refusal."""
         try:
             return pickle.dumps(value, 5)
         except Exception:  # noqa: BLE001 - code by value, or nothing that pickles: cloudpickle tells which
@@ -396,6 +421,14 @@ class Usage:
         self.below = below or resource.getrusage(resource.RUSAGE_CHILDREN)
         self._wall = time.perf_counter()
 
+    @classmethod
+    def since(cls, own: resource.struct_rusage, wall: float) -> Usage:
+        """Of a process without children of its own, whose use was this at that time."""
+        usage = cls.__new__(cls)
+        usage._own, usage._wall = own, wall
+        usage.below = _NONE_USED
+        return usage
+
     def stop(self) -> dict[str, float]:
         wall = time.perf_counter() - self._wall
         own = resource.getrusage(resource.RUSAGE_SELF)
@@ -414,12 +447,7 @@ class Usage:
 
 
 def _result_frame(content: bytes, used: dict[str, float]) -> bytes:
-    head = (
-        f'{{"t":"result","len":{len(content)},"blob":false,"wall":{used["wall"]:.6f},"utime":{used["utime"]:.6f},'
-        f'"stime":{used["stime"]:.6f},"minflt":{used["minflt"]},"majflt":{used["majflt"]},"inblock":{used["inblock"]},'
-        f'"oublock":{used["oublock"]}}}'
-    ).encode()
-    return b"".join((wire.HEADER.pack(len(head), len(content)), head, content))
+    return wire.pack_result(content, *[used.get(name, 0) for name in wire.ACCOUNT])
 
 
 def sealed_memfd(content: bytes) -> int:
@@ -479,5 +507,7 @@ def _mismatch(client: str, here: str) -> str:
 
 
 _NOTHING_USED = {"wall": 0.0, "utime": 0.0, "stime": 0.0, "minflt": 0, "majflt": 0, "inblock": 0, "oublock": 0}
+#: What a process has used that has just begun.
+_NONE_USED = resource.struct_rusage((0.0, 0.0, *[0] * 14))
 _STARTED = wire.pack({"t": "started"})
 C_STREAMS = system.CStreams()

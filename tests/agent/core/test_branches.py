@@ -67,7 +67,7 @@ class Machine:
             if not busy:
                 return
             for child in busy:
-                self.take(ev.ChildAnswered(child.id, ev.Answer(Payload(b"1"))))
+                self.take(ev.ChildAnswered(child.id, ev.Answer(Payload(b"1"), wall_s=0.1)))
                 self.fork_all(self.take(ev.ChildExited(child.id, ev.Exit(0))))
                 self.fork_all(self.take(ev.LeftoversGone()))
         raise AssertionError("no end")
@@ -225,7 +225,7 @@ def wanting(cores: int, spec_: WorkloadSpec = ONE) -> tuple[Machine, list[fx.Eff
         child = pending.pop(0)
         got = machine.take(ev.ChildForked(child, 1000 + child))
         if machine.state.children[child].attempt is not None:
-            machine.take(ev.ChildAnswered(child, ev.Answer(Payload(b"1"))))
+            machine.take(ev.ChildAnswered(child, ev.Answer(Payload(b"1"), wall_s=0.1)))
             got += machine.take(ev.ChildExited(child, ev.Exit(0)))
             got += machine.take(ev.LeftoversGone())
         effects += got

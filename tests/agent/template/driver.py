@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,25 @@ ONE_THREAD = dict.fromkeys(
 )
 
 Head = dict[str, Any]
+
+
+RESULT = struct.Struct(">BdddQQQQQ")
+DONE = struct.Struct(">BQIIddQQQQIIIB")
+
+
+def decode(content: bytes) -> Head:
+    """A head: JSON, or one of the two that are packed."""
+    match content[0]:
+        case 1:
+            names = ("wall", "utime", "stime", "minflt", "majflt", "inblock", "oublock", "peak")
+            return {"t": "result", "blob": False, **dict(zip(names, RESULT.unpack(content)[1:], strict=True))}
+        case 2:
+            names = ("child", "pid", "status", "utime", "stime", "minflt", "majflt", "inblock", "oublock")
+            names += ("answer", "out", "err", "fds")  # type: ignore[assignment]
+            return {"t": "done", **dict(zip(names, DONE.unpack(content)[1:], strict=True))}
+        case _:
+            head: Head = json.loads(content)
+            return head
 
 
 class Frames:
@@ -57,7 +76,7 @@ class Frames:
                 head_bytes, body_bytes = HEADER.unpack_from(self._buffer)
                 middle = HEADER.size + head_bytes
                 if len(self._buffer) >= middle + body_bytes:
-                    head = json.loads(self._buffer[HEADER.size : middle])
+                    head = decode(self._buffer[HEADER.size : middle])
                     body = self._buffer[middle : middle + body_bytes]
                     self._buffer = self._buffer[middle + body_bytes :]
                     return head, body
@@ -97,33 +116,7 @@ class Child:
 
     def send(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Send a task; `options` go into its head, but for `retry_on`, `raw_args` and `raw_function` (pickles)."""
-        parts = {
-            "function": options.pop("raw_function", None) or cloudpickle.dumps(function),
-            "args": options.pop("raw_args", None) or cloudpickle.dumps((args, {})),
-        }
-        retry_on = options.pop("retry_on", None)
-        if retry_on is not None:
-            parts["retry_on"] = cloudpickle.dumps(retry_on)
-        for name, content in options.pop("extra", {}).items():
-            parts[name] = content
-        if options.pop("cached", False):
-            del parts["function"]
-        as_fds = options.pop("as_fds", ())
-        inline = {name: content for name, content in parts.items() if name not in as_fds}
-        head = {
-            "t": "task",
-            "attempt": "1.1",
-            "ordinal": 1,
-            "job": "j0b",
-            "index": 7,
-            "node": "here",
-            "function": options.pop("function_id", "f1"),
-            "parts": [[name, len(content)] for name, content in inline.items()],
-            "fds": list(as_fds),
-            "threads": 1,
-            **options,
-        }
-        files = [memfd(parts[name]) for name in as_fds]
+        head, inline, files = task_of(function, *args, **options)
         self.task_socket.send(head, b"".join(inline.values()), tuple(files))
         for fd in files:
             os.close(fd)
@@ -150,6 +143,14 @@ class Child:
         assert head["t"] == "result", head
         return value
 
+    def over(self, exited: Head) -> Done:
+        """All of it, when it has ended."""
+        done = Done({**exited, "answer": 0, "out": 0, "err": 0}, b"", [])
+        with suppress(EOFError):
+            done.answer, done.value = self.answer()
+        done.out, done.err = self.output()
+        return done
+
     def exited(self) -> Head:
         return self.template.wait_exited(self.id)
 
@@ -167,6 +168,20 @@ class Child:
         if self.frames is not None:
             self.frames.close()
         for fd in (self.out, self.err, self.pidfd):
+            os.close(fd)
+
+
+class Done:
+    """What was told of a child that is over: how it ended, what it answered, what it wrote."""
+
+    def __init__(self, head: Head, body: bytes, files: list[int]) -> None:
+        self.head = head
+        self.pid: int = head["pid"]
+        self.status: int = head["status"]
+        middle = head["answer"] + head["out"]
+        self.out, self.err = body[head["answer"] : middle].decode(), body[middle:].decode()
+        self.answer, self.value = value_in(body[: head["answer"]], files) if head["answer"] else (None, None)
+        for fd in files:
             os.close(fd)
 
 
@@ -198,6 +213,7 @@ class Template:
         self.values: list[int] = []
         self._made = 0
         self._exited: dict[int, Head] = {}
+        self._done: dict[int, Done] = {}
 
     def open(self, setup: Callable[[], Any] | None = None, **workload: Any) -> Head:
         """Sends `open` and returns `ready` or `failed`; the steps are in `steps`."""
@@ -225,6 +241,49 @@ class Template:
         self._made += 1
         self.frames.send({"t": "fork", "n": 1, "children": [{"child": self._made}]})
         return self._expect_child(self._made)
+
+    def hand(self, function: Callable[..., Any], *args: Any, plain: bool = True, **options: Any) -> int:
+        """Have a child forked with its task; options as those of `Child.send`. Returns its number."""
+        self._made += 1
+        mark = f"c1/{self._made}"
+        head, inline, _ = task_of(function, *args, **{"env": {"HERDER_ATTEMPT": mark}, "quiet": True, **options})
+        text = json.dumps(head).encode()
+        middle = len(text) + len(inline["function"])
+        order = {
+            "t": "run",
+            "child": self._made,
+            "cpus": head.get("cpus"),
+            "attempt": mark,
+            "plain": plain,
+            "threads": head["threads"],
+            "python": head.get("python", ""),
+            "len": len(text),
+            "cuts": [len(text), middle, middle + len(inline["args"])],
+        }
+        self.frames.send(order, text + b"".join(inline.values()))
+        return self._made
+
+    def done(self, id: int) -> Done:  # noqa: A002
+        """Wait for the child with this number. On a slow machine it may grow old meanwhile, and is introduced."""
+        while id not in self._done:
+            head, body = self.frames.receive()
+            match head["t"]:
+                case "done":
+                    self._done[head["child"]] = Done(head, body, self.frames.take(head["fds"]))
+                case "forked":
+                    self._adopt(head)
+                case "exited":
+                    child = self.children.pop(head["child"])
+                    self._done[child.id] = child.over(head)
+                    child.close()
+                case _:
+                    raise AssertionError(head)
+        return self._done.pop(id)
+
+    def introduced(self) -> Child:
+        """A child that is young no more."""
+        head = self._expect("forked")
+        return self._adopt(head)
 
     def exec(self, argv: list[str], *, stdin: bytes | None = None, **options: Any) -> Child | Head:
         """The child, or `fork_failed`."""
@@ -298,6 +357,51 @@ class Template:
         child = Child(self, head, self.frames.take(head["fds"]))
         self.children[child.id] = child
         return child
+
+
+def task_of(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Head, dict[str, bytes], list[int]]:
+    """A task's head, its inline parts, and memfds of the others."""
+    parts = {
+        "function": options.pop("raw_function", None) or cloudpickle.dumps(function),
+        "args": options.pop("raw_args", None) or cloudpickle.dumps((args, {})),
+    }
+    retry_on = options.pop("retry_on", None)
+    if retry_on is not None:
+        parts["retry_on"] = cloudpickle.dumps(retry_on)
+    for name, content in options.pop("extra", {}).items():
+        parts[name] = content
+    if options.pop("cached", False):
+        del parts["function"]
+    as_fds = options.pop("as_fds", ())
+    inline = {name: content for name, content in parts.items() if name not in as_fds}
+    head = {
+        "t": "task",
+        "attempt": "1.1",
+        "ordinal": 1,
+        "job": "j0b",
+        "index": 7,
+        "node": "here",
+        "function": options.pop("function_id", "f1"),
+        "parts": [[name, len(content)] for name, content in inline.items()],
+        "fds": list(as_fds),
+        "threads": 1,
+        **options,
+    }
+    return head, inline, [memfd(parts[name]) for name in as_fds]
+
+
+def value_in(content: bytes, files: list[int]) -> tuple[Head, Any]:
+    """The answer of a child that is over: as `Child.answer`."""
+    head_bytes, body_bytes = HEADER.unpack_from(content)
+    middle = HEADER.size + head_bytes
+    head = decode(content[HEADER.size : middle])
+    body = content[middle : middle + body_bytes]
+    if head["t"] == "result" and head["blob"]:
+        with open(files[0], "rb", closefd=False) as file:
+            return head, pickle.loads(file.read())
+    if head["t"] == "error":
+        return head, pickle.loads(body) if head["pickled"] >= 0 else None
+    return head, pickle.loads(body)
 
 
 @contextmanager
