@@ -9,7 +9,7 @@ what is queued has nothing yet. None can be overtaken for ever: whatever takes c
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from herder_agent.core import launchers
 from herder_agent.core.effects import Effect, RefuseClient, ReportSlot, ResumeTask

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 #: Shares of a core are compared with this tolerance: ten requests of 0.1 fill a core.
 _EPSILON = 1e-6
@@ -27,7 +28,7 @@ class Place(NamedTuple):
     core: int
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(Struct, frozen=True):
     """What an attempt asks for. `cores` may be a fraction, or a whole number plus one."""
 
     cores: float = 1.0
@@ -36,7 +37,7 @@ class Request(msgspec.Struct, frozen=True):
     resources: tuple[tuple[str, float], ...] = ()
 
 
-class Slot(msgspec.Struct, frozen=True):
+class Slot(Struct, frozen=True):
     """What an attempt holds. `shared` is the index of the core of which it holds `share`, or -1."""
 
     request: Request

@@ -44,9 +44,9 @@ def decode(content: bytes) -> Head:
             names = ("wall", "utime", "stime", "minflt", "majflt", "inblock", "oublock", "peak")
             return {"t": "result", "blob": False, **dict(zip(names, RESULT.unpack(content)[1:], strict=True))}
         case 2:
-            names = ("child", "pid", "status", "utime", "stime", "minflt", "majflt", "inblock", "oublock")
-            names += ("answer", "out", "err", "fds")  # type: ignore[assignment]
-            return {"t": "done", **dict(zip(names, DONE.unpack(content)[1:], strict=True))}
+            told = ("child", "pid", "status", "utime", "stime", "minflt", "majflt", "inblock", "oublock")
+            sizes = ("answer", "out", "err", "fds")
+            return {"t": "done", **dict(zip(told + sizes, DONE.unpack(content)[1:], strict=True))}
         case _:
             head: Head = json.loads(content)
             return head
@@ -180,6 +180,8 @@ class Done:
         self.status: int = head["status"]
         middle = head["answer"] + head["out"]
         self.out, self.err = body[head["answer"] : middle].decode(), body[middle:].decode()
+        self.answer: Head | None
+        self.value: Any
         self.answer, self.value = value_in(body[: head["answer"]], files) if head["answer"] else (None, None)
         for fd in files:
             os.close(fd)
