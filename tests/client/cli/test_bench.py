@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -29,6 +30,7 @@ from herder.cli.bench.figure import (
 )
 from herder.cli.bench.fork_sealed import sealed_loop
 from herder.cli.bench.idle import cpu_ticks
+from herder.cli.bench.journal_cost import file_system_of
 from herder.cli.bench.process_per_task import floor_of
 from herder.cli.bench.shared_memory import descendants, tree_bytes
 from herder.cli.main import cli
@@ -120,6 +122,11 @@ with against_pool.pool_of("forkserver", (), 1) as pool:
             if not os.read(killed.stderr.fileno(), 4096):
                 return
     pytest.fail("it lives on")
+
+
+def test_file_system_of_a_folder_is_that_of_the_nearest_mount() -> None:
+    assert file_system_of(Path("/proc/self/task")) == "proc"
+    assert file_system_of(Path("/dev/shm")) == "tmpfs"
 
 
 def test_benchmark_that_lacks_something_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

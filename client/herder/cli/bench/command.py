@@ -54,6 +54,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "round-trip-reused": ("round_trip:reused", "How long does one empty task take, in a reused process?"),
     "one-by-one": ("throughput:one_by_one", "Submitted one by one, processes reused: how many tasks a second?"),
     "array": ("throughput:array", "As an array job, processes reused: how many tasks a second?"),
+    "journal-cost": ("journal_cost:measure", "What does the journal cost: with it on a disk, against on a tmpfs?"),
     "idle": ("idle:measure", "What do coordinator and agent cost with nothing to do?"),
 }
 
