@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from herder_coordinator.core.effects import Observe
+from herder_coordinator.core.records import Record
+from herder_coordinator.core.replay import settle_loose
+from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import State, check_invariants, new_state
 from herder_coordinator.core.step import finish_replay, replay_record
 from herder_coordinator.journal.interface import JournalError
@@ -224,10 +227,20 @@ class Coordinator:
         self.history.check_records(records)
         if not core._lazy:
             self._compare(core.state, self.program.time(), "the journal")
+            self._compare(core.state, self.program.time(), "a compacted journal", self._compacted(core.state.epoch))
 
-    def _compare(self, state: State, now_s: float, what: str) -> None:
+    def _compacted(self, epoch: int) -> list[Record]:
+        """As if the first half had been compacted while the rest was written. A row is a turn."""
+        rows = len(self.storage.rows) + len(self.storage.unsynced)
+        state = new_state(CLUSTER, epoch)
+        for record in self.storage.records(upto=rows // 2):
+            replay_record(state, record)
+        settle_loose(state)
+        return [*snapshot(state, goes_on=True), *self.storage.records(first=rows // 2)]
+
+    def _compare(self, state: State, now_s: float, what: str, records: list[Record] | None = None) -> None:
         again = new_state(CLUSTER, state.epoch)
-        for record in self.storage.records():
+        for record in self.storage.records() if records is None else records:
             replay_record(again, record)
         finish_replay(again, now_s)
         if digest(again) != digest(state):

@@ -35,9 +35,10 @@ class Storage:
         if torn and world.chance(0.5):
             self.rows.append(torn[0][: world.random.randrange(len(torn[0]))])
 
-    def records(self) -> list[Record]:
-        """All that was written so far, synced or not."""
-        return [record for seq, row in enumerate(self.rows + self.unsynced) for record in decode_batch(seq, row)]
+    def records(self, first: int = 0, upto: int | None = None) -> list[Record]:
+        """All that was written so far, synced or not; or what is in some of the rows."""
+        rows = list(enumerate(self.rows + self.unsynced))[first:upto]
+        return [record for seq, row in rows for record in decode_batch(seq, row)]
 
 
 class SimJournal:
