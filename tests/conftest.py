@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from support import leaks, netlab
@@ -37,6 +38,10 @@ def _restore_signals() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     _restore_signals()
+    # How long an example takes says more of the machine than of the code.
+    quiet = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("busy machine", deadline=None, suppress_health_check=quiet)
+    hypothesis.settings.load_profile("busy machine")
     config.addinivalue_line(
         "markers", "module_state: a module-wide fixture may start threads and processes late; they are the module's"
     )

@@ -58,7 +58,7 @@ from herder_shared.wire.stream import Acceptor, Link
 
 CLUSTER = ClusterId("c" * 32)
 #: Generous: the machines that run tests are small and busy.
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Coordinator:

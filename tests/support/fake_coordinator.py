@@ -144,7 +144,7 @@ class FakeCoordinator:
 
         self.call(send)
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait until something that was received makes this true."""
         with self._heard:
             assert self._heard.wait_for(condition, timeout_s), "it did not come to pass"
@@ -360,7 +360,7 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """For what no event announces."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

@@ -11,7 +11,7 @@ from pathlib import Path
 from support.requirements import unmet
 
 #: An interpreter that takes longer than this to print its version is not usable.
-PROBE_TIMEOUT_S = 20.0
+PROBE_TIMEOUT_S = 60.0
 
 
 @functools.cache

@@ -76,7 +76,7 @@ class Observer:
         self.ends.append(error)
         self._changed.set()
 
-    async def until(self, condition: Callable[[], object], seconds: float = 8.0) -> None:
+    async def until(self, condition: Callable[[], object], seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 self._changed.clear()

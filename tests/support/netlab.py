@@ -38,7 +38,7 @@ NETWORK = "198.18.10"
 #: The first host's last octet.
 FIRST_OCTET = 10
 #: A host is up within a second; a machine under load may take several.
-BOOT_TIMEOUT_S = 20.0
+BOOT_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 60.0
 
 _SSHD_CONFIG = """\

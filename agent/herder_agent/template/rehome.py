@@ -225,17 +225,11 @@ def _block_at(  # noqa: PLR0917
 
 def _forbidden() -> list[tuple[int, int]]:
     """Mappings with a flag that forbids to replace them."""
-    found = []
-    start = end = 0
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            word = line.split(None, 1)[0]
-            if "-" in word and not word.endswith(":"):
-                first, _, last = word.partition("-")
-                start, end = int(first, 16), int(last, 16)
-            elif word == "VmFlags:" and not _FORBIDDEN.isdisjoint(line.split()[1:]):
-                found.append((start, end))
-    return found
+    return [
+        (mapping.start, mapping.end)
+        for mapping, _, _, flags in system.described_mappings()
+        if not _FORBIDDEN.isdisjoint(flags)
+    ]
 
 
 def _why_not_now() -> str:

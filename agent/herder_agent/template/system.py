@@ -10,6 +10,10 @@ import ctypes
 import os
 import resource
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MADV_COLLAPSE = 25
@@ -154,6 +158,22 @@ def parse_mapping(line: str) -> Mapping:
     start, _, end = fields[0].partition("-")
     path = fields[5].rstrip("\n") if len(fields) > 5 else ""
     return Mapping(int(start, 16), int(end, 16), fields[1], path)
+
+
+def described_mappings() -> Iterator[tuple[Mapping, int, int, set[str]]]:
+    """This process's mappings with the bytes of private pages in each, those of huge ones, and their flags (smaps)."""
+    mapping: Mapping | None = None
+    anonymous = huge = 0
+    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if line[0] not in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+                mapping, anonymous, huge = parse_mapping(line), 0, 0
+            elif line.startswith("Anonymous:"):
+                anonymous = int(line.split()[1]) * 1024
+            elif line.startswith("AnonHugePages:"):
+                huge = int(line.split()[1]) * 1024
+            elif line.startswith("VmFlags:") and mapping is not None:
+                yield mapping, anonymous, huge, set(line.split()[1:])
 
 
 def address_space() -> memoryview:

@@ -150,7 +150,7 @@ def regions() -> list[Region]:
     """What may move, by address."""
     writable = _library_data()
     found: list[Region] = []
-    for mapping, anonymous, _, flags in _described():
+    for mapping, anonymous, _, flags in system.described_mappings():
         if not anonymous or flags & _SPECIAL_FLAGS or mapping.permissions not in _PROTECTIONS:
             continue
         if not mapping.path or mapping.path.startswith("/"):
@@ -189,25 +189,9 @@ def _without_slack(mapping: system.Mapping, parts: list[Region]) -> list[Region]
 
 def private_memory() -> Iterator[tuple[system.Mapping, int, int]]:
     """Mappings that a fork copies, with the bytes of private pages in each, and of those in huge ones."""
-    for mapping, anonymous, huge, flags in _described():
+    for mapping, anonymous, huge, flags in system.described_mappings():
         if "dc" not in flags:
             yield mapping, anonymous, huge
-
-
-def _described() -> Iterator[tuple[system.Mapping, int, int, set[str]]]:
-    """Mappings with the bytes of private pages in each, those of huge ones, and their flags."""
-    mapping: system.Mapping | None = None
-    anonymous = huge = 0
-    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            if line[0] not in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-                mapping, anonymous, huge = system.parse_mapping(line), 0, 0
-            elif line.startswith("Anonymous:"):
-                anonymous = int(line.split()[1]) * 1024
-            elif line.startswith("AnonHugePages:"):
-                huge = int(line.split()[1]) * 1024
-            elif line.startswith("VmFlags:") and mapping is not None:
-                yield mapping, anonymous, huge, set(line.split()[1:])
 
 
 class _Segment(ctypes.Structure):

@@ -81,7 +81,7 @@ def test_group_used_again_counts_from_nothing(groups: Groups, tmp_path: Path) ->
     for size in (40, 8):
         group = taken(groups, memory_bytes=200 * MIB)
         process = run_in(group, f"x = bytearray(b'x' * ({size} << 20))\n" + (write if size == 40 else ""))
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         account = group.account()
         assert account.oom_kills == 0
@@ -99,7 +99,7 @@ def test_processes_are_bounded_by_the_kernel(groups: Groups) -> None:
     assert process.wait(20) == 1
     assert len(group.processes()) == 3
     groups.give_back(group)
-    assert "BlockingIOError" in process.communicate(timeout=20)[1]
+    assert "BlockingIOError" in process.communicate(timeout=60)[1]
 
 
 def test_kill_gets_a_fork_bomb_and_a_daemon_of_its_own_session(groups: Groups) -> None:

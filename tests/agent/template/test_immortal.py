@@ -138,6 +138,6 @@ class Version(tuple):
 print(immortal.make_immortal([object()])[1] or "ok")
 """
     done = subprocess.run(
-        [interpreters.require(version), "-c", code], capture_output=True, text=True, check=False, timeout=20
+        [interpreters.require(version), "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
     assert reason in done.stdout, done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import subprocess
@@ -14,6 +15,21 @@ def test_mappings_hold_this_interpreters_code() -> None:
     maps = system.mappings()
     assert any("x" in mapping.permissions and mapping.path.startswith("/") for mapping in maps)
     assert all(mapping.start < mapping.end for mapping in maps)
+
+
+def test_mappings_are_described_with_their_private_bytes_and_flags() -> None:
+    length = 64 << 10
+    address = system.map_pages(-1, length, 3)
+    try:
+        ctypes.memset(address, 1, 3 * 4096)
+        of_it = [each for each in system.described_mappings() if each[0].start <= address < each[0].end]
+        ((mapping, anonymous, huge, flags),) = of_it
+        assert mapping.permissions == "rw-p"
+        assert anonymous >= 3 * 4096
+        assert huge <= anonymous
+        assert {"rd", "wr"} <= flags
+    finally:
+        system.unmap_pages(address, length)
 
 
 def test_descendants_are_found_at_any_depth() -> None:

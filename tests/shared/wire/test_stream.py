@@ -439,6 +439,6 @@ def test_a_crowd_that_lost_the_coordinator_is_back_soon(
                 await first.observer.link(count)
             async with serving(authority, port=address[1]) as (second, _):
                 back = second.observer
-                await back.until(lambda: len(back.links) - len(back.ends) == count, seconds=25.0)
+                await back.until(lambda: len(back.links) - len(back.ends) == count, seconds=60.0)
 
     run(scenario())
