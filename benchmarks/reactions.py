@@ -96,8 +96,11 @@ def dead_task(cluster: herder.LocalCluster) -> float:
 
 
 def away(cluster: herder.LocalCluster, number: signal.Signals) -> float:
-    """Kill or stop the agent of a running task."""
+    """Kill or stop the agent of a running task. Both nodes have a template."""
     with fresh_folder() as folder, cluster.client() as client:
+        for name in cluster.processes:
+            if name != "coordinator":
+                client.options(nodes=name).submit(os.getpid).result(WAIT_S)
         future = client.submit(hold, str(folder), "a")
         wait(lambda: bool(seen(folder, "a")))
         node = next(iter(seen(folder, "a").values()))
