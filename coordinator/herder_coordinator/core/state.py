@@ -504,6 +504,9 @@ def check_invariants(state: State) -> None:
     assert not state.orphans, "a client of a task that has ended was left without its decision"
     for attempt, incarnation in state.task_clients.items():
         assert state.clients[incarnation].attempt == attempt
+    running = {attempt for node in state.nodes.values() for attempt in node.attempts}
+    for client in state.clients.values():
+        assert client.attempt is None or not client.session or client.attempt in running, "a client outlives its task"
     for name, node in state.reservations.items():
         assert state.nodes[name] is node
         assert node.reserved is not None
