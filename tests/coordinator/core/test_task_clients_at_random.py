@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -67,9 +68,12 @@ class Walk:
     def open(self, client: Incarnation) -> None:
         self.jobs += 1
         job = JobId(f"job{self.jobs}")
-        options = {"memory_bytes": self.chance.choice((0, 300)), "cores": self.chance.choice((0.5, 1, 2))}
-        options["resources"] = self.chance.choice(({}, {"licence": 1.0}))  # type: ignore[assignment]
-        options["priority"] = self.chance.randrange(2)
+        options: dict[str, Any] = {
+            "memory_bytes": self.chance.choice((0, 300)),
+            "cores": self.chance.choice((0.5, 1, 2)),
+            "resources": self.chance.choice(({}, {"licence": 1.0})),
+            "priority": self.chance.randrange(2),
+        }
         spec = job_spec(job, detached=self.chance.random() < 0.1, retries=self.chance.randrange(2), **options)
         self.lab.do(events.JobOpened(client, spec))
         if job not in self.lab.state.jobs:
