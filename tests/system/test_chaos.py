@@ -1,4 +1,4 @@
-"""The chaos benchmark: a quarter of a minute of it, and that its checker sees what it is there to see."""
+"""The chaos benchmark: some seconds of it, and that its checker sees what it is there to see."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def test_the_slope_is_common_to_lives_of_different_levels() -> None:
 
 
 @pytest.mark.slow
-def test_a_quarter_of_a_minute_of_chaos_breaks_no_promise() -> None:
-    command = [sys.executable, str(CHAOS), "--seed", "4", "--minutes", "0.13", "--pace", "0.3"]
+def test_some_seconds_of_chaos_break_no_promise() -> None:
+    command = [sys.executable, str(CHAOS), "--seed", "4", "--minutes", "0.1", "--pace", "0.3"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lost 0, doubled 0, run twice 0, ghost 0, forgotten 0" in done.stdout
