@@ -228,3 +228,21 @@ def test_what_is_not_detached_ends_when_the_grace_is_over(cluster: herder.LocalC
     with cluster.client() as elsewhere:
         wait_until(lambda: elsewhere.job(job_id).status().state == "cancelled", WAIT_S)
         assert elsewhere.job(job_id).status().outcomes == {Outcome.CANCELLED: 4}
+
+
+def test_a_running_job_is_followed_from_elsewhere_with_what_was_delivered_before(
+    cluster: herder.LocalCluster, client: herder.Client, tmp_path: Path
+) -> None:
+    def when_told(path: str, number: int) -> int:
+        while number == 2 and not os.path.exists(path):
+            time.sleep(0.01)
+        return number
+
+    path = tmp_path / "go"
+    job = client.array(when_told, [str(path)] * 3, range(3))
+    assert [next(each) for each in [job.results(WAIT_S)] for _ in range(2)] == [0, 1]
+    time.sleep(0.1)  # acknowledged: the coordinator keeps the two for nobody
+    with cluster.client() as elsewhere:
+        found = elsewhere.job(job.id)
+        path.touch()
+        assert list(found.results(WAIT_S)) == [0, 1, 2]

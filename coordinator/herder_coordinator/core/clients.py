@@ -6,21 +6,36 @@ So each of these is idempotent, by the job's id and by the tasks' dense indices,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from herder_coordinator.core import apply, events, lease, records, views
 from herder_coordinator.core.ends import end_cancelled, recall_ahead
 from herder_coordinator.core.state import OUTCOMES, Client, Feed, Job, State, Task
-from herder_coordinator.core.turn import Turn
+from herder_coordinator.core.turn import FEED_BYTES_MAX, Turn
 from herder_shared import limits
 from herder_shared.ids import BlobId, Incarnation, JobId
-from herder_shared.states import AgentState, Outcome, TaskState
-from herder_shared.wire.messages import Answer, CancelOk, Function, Notice, Refused, SubmitOk, TaskItem, TasksReset
+from herder_shared.states import AgentState, Cause, Outcome, TaskState
+from herder_shared.wire.messages import (
+    Answer,
+    CancelOk,
+    Failure,
+    Function,
+    Notice,
+    Refused,
+    SubmitOk,
+    TaskEnd,
+    TaskItem,
+    TasksEnded,
+    TasksReset,
+)
 
 #: Jobs that one owner may have at a time which have not been forgotten.
 JOBS_MAX = 100_000
 #: Ended detached jobs, whose results nobody need ever have asked for; beyond this the oldest are given up.
 DETACHED_KEPT_MAX = limits.ENDED_JOBS_MAX
+#: Acknowledged records of a job which somebody else who attaches is told all at once.
+PAST_ENDS_MAX = apply.RECENT_ENDS_MAX
 #: Indices in one `TasksReset`: about 5 bytes each.
 RESET_INDICES_MAX = 20_000
 
@@ -364,6 +379,11 @@ def attached(turn: Turn, event: events.Attached) -> None:
         text = f"there is no job {event.job}, or it has ended and been forgotten"
         turn.refuse(event.client, event.job, 0, "JobNotFound", text)
         return
+    if not event.cursor and job.base and job.client != event.client and not job.resets and job.base <= PAST_ENDS_MAX:
+        past = _past(state, job)
+        for first in range(0, job.base, limits.BATCH_TASKS_MAX):
+            turn.to_client(event.client, TasksEnded(job.id, first, past[first : first + limits.BATCH_TASKS_MAX]))
+        event = replace(event, cursor=job.base)
     if event.cursor < job.base:
         text = f"the first {job.base} results of job {job.id} were delivered to its client and are no longer kept"
         turn.refuse(event.client, job.id, 0, "DataLost", text)
@@ -379,6 +399,22 @@ def attached(turn: Turn, event: events.Attached) -> None:
     if job.resets:
         anew = {end.index for end in job.ends if not job.outcomes[end.index]}
         _tell_reset(turn, job, event.client, tuple(sorted(anew)))
+
+
+def _past(state: State, job: Job) -> tuple[TaskEnd, ...]:
+    """The records that the job's own client has acknowledged, for somebody else who comes later: by index, as their
+    order is not kept, and what is gone of them as lost."""
+    ended = [index for index, outcome in enumerate(job.outcomes) if outcome and index not in job.kept]
+    left_bytes = FEED_BYTES_MAX
+    text = "it was delivered to the job's own client, and is not kept any more"
+    gone = Failure(cause=Cause.DATA_LOST, message=text)
+    past: list[TaskEnd] = []
+    for index in ended:
+        end = state.recent.get((job.id, index))
+        left_bytes -= apply.end_size_bytes(end) if end is not None else 0
+        past.append(end if end is not None and left_bytes > 0 else TaskEnd(index, Outcome.LOST, failure=gone))
+    assert len(past) == job.base
+    return tuple(past)
 
 
 def events_acked(turn: Turn, event: events.EventsAcked) -> None:

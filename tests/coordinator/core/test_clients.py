@@ -215,13 +215,30 @@ def test_a_client_that_is_back_within_the_grace_keeps_its_jobs(lab: Lab) -> None
     assert lab.outcomes() == {}
 
 
-def test_reading_a_job_whose_results_were_delivered_says_so(lab: Lab) -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_who_comes_later_is_told_what_was_delivered_before_as_far_as_it_is_kept(lab: Lab, restarts: bool) -> None:
     lab.open()
-    lab.submit(1)
-    end_all(lab)
-    lab.do(events.EventsAcked(CLIENT, JOB, 1))
+    lab.submit(3)
+    lab.ended(success(lab.attempt(1), 1))
+    lab.ended(success(lab.attempt(0), 0))
+    lab.do(events.EventsAcked(CLIENT, JOB, 2))
+    if restarts:
+        lab.restart()
     lab.client(OTHER, session=2)
-    (refused,) = to_client(lab.do(events.Attached(OTHER, JOB, 0)), OTHER)
+    ends = told_ends(lab.do(events.Attached(OTHER, JOB, 0)), OTHER)
+    assert [end.index for end in ends] == [0, 1]
+    assert {end.outcome for end in ends} == {Outcome.LOST if restarts else Outcome.SUCCEEDED}
+    if not restarts:
+        assert told_ends(lab.ended(success(lab.attempt(2), 2)), OTHER)[0].index == 2
+
+
+def test_reading_on_where_nothing_is_kept_any_more_says_so(lab: Lab) -> None:
+    lab.open()
+    lab.submit(2)
+    end_all(lab)
+    lab.do(events.EventsAcked(CLIENT, JOB, 2))
+    lab.client(OTHER, session=2)
+    (refused,) = to_client(lab.do(events.Attached(OTHER, JOB, 1)), OTHER)
     assert isinstance(refused, SubmitRefused)
     assert refused.error == "DataLost"
 
