@@ -240,8 +240,8 @@ def test_a_running_job_is_followed_from_elsewhere_with_what_was_delivered_before
 
     path = tmp_path / "go"
     job = client.array(when_told, [str(path)] * 3, range(3))
-    assert [next(each) for each in [job.results(WAIT_S)] for _ in range(2)] == [0, 1]
-    time.sleep(0.1)  # acknowledged: the coordinator keeps the two for nobody
+    first = job.results(WAIT_S)
+    assert [next(first), next(first)] == [0, 1]
     with cluster.client() as elsewhere:
         found = elsewhere.job(job.id)
         path.touch()
