@@ -28,7 +28,7 @@ from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import new_state
 from herder_coordinator.core.step import finish_replay, replay_record
 from herder_coordinator.journal import sqlite
-from herder_coordinator.journal.interface import JournalError, JournalFull, JournalLocked, StandBy
+from herder_coordinator.journal.interface import JournalDamaged, JournalError, JournalFull, JournalLocked, StandBy
 from herder_coordinator.journal.stored import StoredJournal
 from herder_coordinator.server.server import Server
 from herder_shared import tls
@@ -139,9 +139,15 @@ def _repair(config: CoordinatorConfig) -> int:
     journal = _opener(config)(cluster, None, True)
     try:
         state = new_state(cluster, journal.epoch)
-        for record in journal.replay():
-            replay_record(state, record)
-        finish_replay(state, 0.0)
+        try:
+            for record in journal.replay():
+                replay_record(state, record)
+            finish_replay(state, 0.0)
+        except (AssertionError, KeyError) as error:
+            raise JournalDamaged(
+                f"what can be read of the journal makes no whole ({error}), so that it cannot be repaired: restore the "
+                "state folder from a copy; if there is none, an empty folder is a new beginning"
+            ) from error
         assert journal.dropped is not None
         lines = journal.dropped.report()
         for line in lines:

@@ -87,6 +87,12 @@ class Observer:
         return self.links[n - 1]
 
 
+def free_address() -> str:
+    """Where nobody listens just now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
 class Server:
     """An acceptor, and what a coordinator would answer."""
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import apsw
 import httpx
 import msgspec
 import pytest
@@ -250,3 +251,43 @@ def test_no_room_at_the_start_is_said_with_the_cure(
     assert "no space left" in full.stderr
     assert "make room on that disk" in full.stderr
     assert "Traceback" not in full.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_journal_is_refused_and_repaired_only_when_asked(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    config = config_for(authority, tmp_path)
+
+    async def submit(address: tuple[str, int]) -> None:
+        async with client_of(authority, address) as client:
+            client.send(m.OpenJob(job_spec(detached=True)))
+            for number in range(4):
+                client.send(submission(5, first=5 * number))
+                while (await client.next(m.SubmitOk)).upto < 5 * number + 5:
+                    pass
+
+    async def count(address: tuple[str, int]) -> None:
+        async with client_of(authority, address) as client:
+            (job,) = (await client.ask(1, "jobs")).jobs or ()
+            assert job.tasks == 10
+
+    with coordinator_process(config) as started:
+        run(submit(started.address))
+        assert started.end() == 0
+    database = apsw.Connection(str(config.state_dir / "journal.sqlite"))
+    third = "SELECT seq FROM batches ORDER BY seq DESC LIMIT 1 OFFSET 1"
+    database.execute(f"UPDATE batches SET content = zeroblob(40) WHERE seq = ({third})")
+    database.close()
+    refused = run_to_end(config)
+    assert refused.returncode == 4
+    assert "is damaged at batch" in refused.stderr
+    assert "--repair" in refused.stderr
+    repaired = run_to_end(config, "--repair")
+    assert repaired.returncode == 0, repaired.stderr
+    assert f"job {JOB}: 5 tasks as submitted, 0 ends: submit these again" in repaired.stdout
+    assert (config.state_dir / "journal.repaired-2").read_text() in repaired.stdout
+    with coordinator_process(config) as again:
+        run(count(again.address))
+    whole = run_to_end(config, "--repair")
+    assert (whole.returncode, whole.stdout) == (0, "nothing is damaged, and nothing was dropped\n")

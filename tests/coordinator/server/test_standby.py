@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -34,14 +33,9 @@ from support.coordinators import (
     submission,
 )
 from support.leaks import wait_until
-from support.links import CLUSTER, Authority, Client, running
+from support.links import CLUSTER, Authority, Client, free_address, running
 
 LEASE_S = 4.0
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return f"127.0.0.1:{taken.getsockname()[1]}"
 
 
 def configure(authority: Authority, folder: Path, database: str) -> CoordinatorConfig:
