@@ -59,7 +59,7 @@ class Agent:
         self._memory_bytes = parse_bytes(config.memory) if config.memory else host.memory_total_bytes()
         self._metrics: MetricsServer | None = None
         #: When the machine is no longer ours, by our own clock.
-        self._end_s = _end_s(config, time.monotonic(), time.time())
+        self._end_s = end_of_node_s(config, time.monotonic(), time.time())
 
     async def run(self) -> None:
         """Until SIGTERM, SIGINT, the end of the lifeline, or the coordinator's word.
@@ -218,7 +218,7 @@ class Agent:
             raise ConfigError(f"metrics_listen {listen!r} cannot be had: {error}; choose another port") from error
 
 
-def _end_s(config: AgentConfig, now_s: float, wall_s: float) -> float | None:
+def end_of_node_s(config: AgentConfig, now_s: float, wall_s: float) -> float | None:
     """When it is over, on the clock of `now_s`: by `walltime`, by `ends_at`, or by the sooner of both."""
     ends = [now_s + parse_walltime(config.walltime)] if config.walltime is not None else []
     if config.ends_at is not None:

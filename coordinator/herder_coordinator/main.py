@@ -13,6 +13,7 @@ import ctypes
 import gc
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -106,6 +107,11 @@ def _load(file: Path | None, flags: dict[str, Any]) -> CoordinatorConfig:
         flags["state_dir"] = default_state_dir(os.environ, os.getuid()) / "coordinator"
     flags["shares"] = _weights(flags.get("shares") or ())
     config = load_config(CoordinatorConfig, file=file, environ=os.environ, prefix="COORDINATOR", flags=flags)
+    for owner, weight in config.shares.items():
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"the share of {owner!r} must be a number above 0, not {weight}")
+    if not 0 < config.share_half_life_s < math.inf:
+        raise ConfigError(f"share_half_life_s must be a number of seconds above 0, not {config.share_half_life_s}")
     try:
         config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from herder_agent.main import command, python_tag
+from herder_agent.main import command, end_of_node_s, python_tag
 from herder_shared import tls
+from herder_shared.config import AgentConfig
 from herder_shared.ids import ClusterId
 
 
@@ -47,3 +48,14 @@ def test_tag_names_interpreter_and_cloudpickle() -> None:
     python, _, cloudpickle = python_tag().partition("/")
     assert python.count(".") == 1
     assert cloudpickle.count(".") == 1
+
+
+@pytest.mark.parametrize(
+    ("walltime", "ends_at", "end_s"),
+    [(None, None, None), ("1:00:00", None, 3700.0), (None, 5060.0, 160.0), ("30", 5060.0, 130.0)],
+)
+def test_the_end_of_a_node_is_on_its_own_clock(
+    tmp_path: Path, walltime: str | None, ends_at: float | None, end_s: float | None
+) -> None:
+    config = AgentConfig(tmp_path, tmp_path, ("h:1",), walltime=walltime, ends_at=ends_at)
+    assert end_of_node_s(config, now_s=100.0, wall_s=5000.0) == end_s

@@ -22,6 +22,7 @@ from herder_shared.config import (
     load_profile,
     parse_address,
     parse_bytes,
+    parse_walltime,
     profiles_dir,
     save_profile,
 )
@@ -288,3 +289,22 @@ def test_a_folder_in_a_public_place_must_be_our_own_and_closed(tmp_path: Path) -
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(ConfigError, match="link"):
         check_private_folder(tmp_path / "link", uid)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3600", 3600.0), ("90:00", 5400.0), ("12:00:01", 43201.0), ("2-12:00:00", 216000.0), ("1.5", 1.5)],
+)
+def test_a_walltime_is_read_as_slurm_writes_it(text: str, seconds: float) -> None:
+    assert parse_walltime(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1-30", "1:2:3:4", "-5"])
+def test_what_is_no_walltime_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a duration"):
+        parse_walltime(text)
+
+
+def test_weights_of_owners_come_from_the_environment_too() -> None:
+    config = coordinator(environ={"HERDER_COORDINATOR_SHARES": "ann=3,ben=0.5"})
+    assert config.shares == {"ann": 3.0, "ben": 0.5}
