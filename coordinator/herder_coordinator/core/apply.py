@@ -457,11 +457,11 @@ def move(task: Task, to: TaskState) -> None:
 
 def queue(state: State, task: Task) -> None:
     """Put a pending task that has no place into its group's queue."""
-    assert not task.queued
+    assert task.queued is None
     assert not task.delay
-    task.queued = True
     queue = task.queue
-    (queue.suspects if task.quarantine_s else queue.careful if task.avoid else queue.again).append(task)
+    task.queued = queue.suspects if task.quarantine_s else queue.careful if task.avoid else queue.again
+    task.queued.append(task)
     _add_pending(state, queue, 1)
 
 
@@ -472,8 +472,8 @@ def unplace(state: State, task: Task) -> None:
         task.node = None
         if state.task_clients and task.attempt in state.task_clients:
             state.orphans.append(state.task_clients.pop(task.attempt))
-    elif task.queued:
-        task.queued = False
+    elif task.queued is not None:
+        task.queued = None
         _add_pending(state, task.queue, -1)
     elif task.delay:
         task.delay = 0

@@ -256,7 +256,7 @@ def _least_use(state: State, group: Group, owner: str) -> float:
 
 def _before(queue: Queue, chunk: Chunk, offset: int) -> int:
     """Pending tasks of its queue that come before this entry of a chunk."""
-    before = sum(1 for task in (*queue.again, *queue.careful, *queue.suspects) if task.queued)
+    before = sum(task.queued is lane for lane in (queue.again, queue.careful, queue.suspects) for task in lane)
     for other in queue.chunks:
         if other is chunk:
             break

@@ -200,7 +200,7 @@ def _place(turn: Turn, queue: Queue, wanted: int) -> int:
     placed = _place_suspects(turn, queue, wanted) if queue.suspects else 0
     while queue.careful and placed < wanted:
         task = queue.careful[0]
-        if not task.queued:
+        if task.queued is not queue.careful:
             queue.careful.popleft()
             continue
         parts = placement.spread(state, group, 1, over_s, avoid=task.avoid)
@@ -232,7 +232,7 @@ def _place_suspects(turn: Turn, queue: Queue, wanted: int) -> int:
     placed = 0
     while queue.suspects and placed < wanted:
         task = queue.suspects[0]
-        if task.queued:
+        if task.queued is queue.suspects:
             nodes = [node for node in state.open_nodes.values() if not quarantine.holds_suspect(node)]
             parts = placement.spread(state, queue.group, 1, _over_s(state, queue), avoid=task.avoid, nodes=nodes)
             if not parts:
@@ -248,7 +248,7 @@ def _next_task(state: State, queue: Queue) -> Task | None:
     """Take the first pending task; the caller starts it. (Not those which had better avoid some nodes.)"""
     while queue.again:
         task = queue.again.popleft()
-        if task.queued:
+        if task.queued is queue.again:
             return task
     while queue.chunks:
         chunk = queue.chunks[0]
@@ -374,7 +374,7 @@ def _ahead_candidates(state: State, request: Request, pace_s: float) -> list[tup
 
 def _head(queue: Queue) -> tuple[BlobId | None, int] | None:
     """The function of the first pending task, and how many with the same one stand there together."""
-    while queue.again and not queue.again[0].queued:
+    while queue.again and queue.again[0].queued is not queue.again:
         queue.again.popleft()
     if queue.again:
         return queue.again[0].function, 1
@@ -421,8 +421,8 @@ def judge(turn: Turn) -> None:
             for chunk in list(queue.chunks):
                 for index in _pending_indices(chunk):
                     end_failed(turn, chunk.job, index, Outcome.FAILED, failure)
-            for task in [*queue.again, *queue.careful, *queue.suspects]:
-                if task.queued:
+            for task in [task for lane in (queue.again, queue.careful, queue.suspects) for task in lane]:
+                if task.queued is not None and task.queue is queue:
                     end_failed(turn, task.job, task.index, Outcome.FAILED, failure)
 
 

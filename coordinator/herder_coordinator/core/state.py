@@ -126,8 +126,9 @@ class Task(msgspec.Struct, eq=False):
     queued_s: float = 0.0
     #: It waits for tasks of its own, and its node has its cores back meanwhile.
     lent: bool = False
-    #: In `Queue.again`, `Queue.careful` or `Queue.suspects`.
-    queued: bool = False
+    #: The one of `Queue.again`, `careful` and `suspects` in which it stands. Where it stood before, it may still be
+    #: found: an entry counts while this says so.
+    queued: deque[Task] | None = None
     #: Its ticket in `State.delayed`; 0 = not there.
     delay: int = 0
     failures: int = 0
@@ -544,7 +545,7 @@ def _check_task(state: State, task: Task) -> None:
     assert assigned == (task.node is not None)
     if task.node is not None:
         assert task.node.attempts.get(task.attempt) is task
-    places = assigned + task.queued + (task.delay != 0) + (task.state is TaskState.WAITING)
+    places = assigned + (task.queued is not None) + (task.delay != 0) + (task.state is TaskState.WAITING)
     assert places == 1, f"{task.job.id}.{task.index} is in {places} places"
     if task.state is TaskState.WAITING:
         assert task.waiting > 0
@@ -578,7 +579,8 @@ def _check_group(state: State, group: Group) -> None:
     queues = [queue for job in state.jobs.values() for queue in job.queues if queue.group is group]
     for queue in queues:
         chunks = sum(chunk.left for chunk in queue.chunks)
-        again = {id(task) for task in (*queue.again, *queue.careful, *queue.suspects) if task.queued}
+        lanes = (queue.again, queue.careful, queue.suspects)
+        again = {id(task) for lane in lanes for task in lane if task.queued is lane}
         assert queue.pending == chunks + len(again)
         assert (group.queues.get(queue.job.id) is queue) == (queue.pending > 0 and not queue.job.paused)
     assert group.pending == sum(queue.pending for queue in group.queues.values())
