@@ -44,6 +44,8 @@ def wait_began(state: State, attempt: Attempt, now_s: float, effects: list[Effec
 
 def wait_ended(state: State, attempt: Attempt, n: int, effects: list[Effect]) -> None:
     """The task wants to go on; `n` tells this wait from others."""
+    if attempt.slot is None:
+        return  # it has not started: whoever says so is not it
     if attempt.id not in state.lent:
         effects.append(_resumed(state, attempt, n))
     elif attempt.id in state.returning:
