@@ -122,8 +122,9 @@ class Server:
         context = tls.server_context(config.identity)
         await self.http.listen(*parse_address(config.http_listen, HTTP_PORT))
         loop = asyncio.get_running_loop()
-        start_s = loop.time()
-        journal, state, effects = await asyncio.to_thread(self._replay, start_s)
+        journal = await asyncio.to_thread(self._open)
+        start_s = loop.time()  # whoever stood by for days begins now
+        journal, state, effects = await asyncio.to_thread(self._replay, start_s, journal)
         log.info("life %d of cluster %s: replayed in %.3f s", journal.epoch, self.cluster, loop.time() - start_s)
         self._assemble(journal, state, effects)
         self._acceptor = Acceptor(context=context, cluster=self.cluster, welcome=self._welcome, observer=self)
@@ -143,12 +144,17 @@ class Server:
         self._clients.why_no_submissions = self._why_no_submissions
         core.start(effects)
 
-    def _replay(self, now_s: float) -> tuple[Journal, State, list[Effect]]:
-        """In a thread. The state has no other owner yet."""
+    def _open(self) -> Journal:
+        """In a thread. It may have to stand by for a long time."""
         journal = self._open_journal(self._config.state_dir, self.cluster)
         if self._standby:
             log.warning("taking over in epoch %d from %s", journal.epoch, self._standby)
             self._standby = ""
+        return journal
+
+    def _replay(self, now_s: float, journal: Journal | None = None) -> tuple[Journal, State, list[Effect]]:
+        """In a thread. The state has no other owner yet."""
+        journal = journal or self._open()
         try:
             config = self._config
             periods = Periods(

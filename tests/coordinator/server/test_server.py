@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
@@ -10,7 +11,9 @@ import pytest
 
 from coordinator.server.conftest import Run
 from herder_coordinator.core import records
+from herder_coordinator.core.lease import JUDGE_RESTART_S
 from herder_coordinator.journal.interface import JournalError
+from herder_coordinator.server.server import Server
 from herder_shared.ids import AttemptId, JobId
 from herder_shared.states import Outcome
 from herder_shared.wire import messages as m
@@ -20,6 +23,7 @@ from support.coordinators import (
     agent_of,
     client_of,
     collect_ends,
+    config_for,
     coordinating,
     job_spec,
     run_all,
@@ -117,6 +121,37 @@ def test_a_restarted_coordinator_knows_what_was_acknowledged(authority: Authorit
             client.send(m.Attach(JOB, 0))
             await run_all(agent, 3)
             assert len(await collect_ends(client, 3)) == 3
+
+    run(go())
+
+
+def test_time_begins_when_the_journal_is_held_and_not_when_the_waiting_for_it_began(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    """Else nobody would have his grace to be back after a long time of standing by."""
+
+    async def go() -> None:
+        first = MemoryJournal()
+        async with coordinating(authority, tmp_path, first) as running, client_of(authority, running.address) as client:
+            client.send(m.OpenJob(job_spec(detached=True)), submission(3))
+            while (await client.next(m.SubmitOk)).upto < 3:
+                pass
+        held_s: list[float] = []
+
+        def open_late(*_: object) -> MemoryJournal:
+            assert server.stand_by("pid 1 on host other", 0.2)
+            held_s.append(time.monotonic())
+            return MemoryJournal(records=first.records, epoch=2)
+
+        server = Server(config_for(authority, tmp_path), open_late)
+        ready = asyncio.Event()
+        ending = asyncio.ensure_future(server.run(lambda _: ready.set()))
+        await ready.wait()
+        state = server._state()
+        assert state is not None
+        assert state.judge_s >= held_s[0] + JUDGE_RESTART_S - 0.1
+        server.end("the test is over")
+        await ending
 
     run(go())
 
