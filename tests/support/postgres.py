@@ -106,17 +106,10 @@ class Postgres:
             else:
                 return
 
-    def kill(self) -> None:
-        """As a crash of its machine would, but for the page cache."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-        self.process = None
-
     def stop(self) -> None:
         """End it and remove it."""
         if self.process is not None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(signal.SIGQUIT)  # at once: nobody reads it again
             self.process.wait(20)
         shutil.rmtree(self.folder)
 

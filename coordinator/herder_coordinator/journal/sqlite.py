@@ -220,8 +220,8 @@ class SqliteStore:
         except OSError:
             return ""
         free_bytes = disk.f_bavail * disk.f_frsize
-        if free_bytes >= LOW_SPARES * _spare_bytes(disk):
-            return ""
+        if not disk.f_blocks or free_bytes >= LOW_SPARES * _spare_bytes(disk):
+            return ""  # (some file systems do not say how large they are)
         return f"{free_bytes // KIB} KiB are left on the disk of {self.label}"
 
     def restore_spare(self) -> bool:
@@ -231,7 +231,7 @@ class SqliteStore:
             return False
         self._spare_s = now_s + _SPARE_AGAIN_S
         disk = os.statvfs(self._folder)
-        if disk.f_bavail * disk.f_frsize < ENOUGH_SPARES * _spare_bytes(disk):
+        if disk.f_blocks and disk.f_bavail * disk.f_frsize < ENOUGH_SPARES * _spare_bytes(disk):
             return False
         return self._make_spare()
 
