@@ -34,6 +34,8 @@ from herder_shared.wire.messages import (
 JOBS_MAX = 100_000
 #: Ended detached jobs, whose results nobody need ever have asked for; beyond this the oldest are given up.
 DETACHED_KEPT_MAX = limits.ENDED_JOBS_MAX
+#: Jobs that are kept only because failed tasks of theirs could be run again; beyond this the oldest are given up.
+SPENT_KEPT_MAX = limits.ENDED_JOBS_MAX
 #: Acknowledged records of a job which somebody else who attaches is told all at once.
 PAST_ENDS_MAX = apply.RECENT_ENDS_MAX
 #: Indices in one `TasksReset`: about 5 bytes each.
@@ -114,6 +116,14 @@ def check_gone(turn: Turn) -> None:
     kept = [job for job in state.jobs.values() if job.spec.detached and job.closed and job.ended == job.count]
     for job in kept[: max(0, len(kept) - DETACHED_KEPT_MAX)]:
         turn.forget(job)
+    spent = [job for job in state.jobs.values() if job.spent and _is_told(job)]
+    for job in spent[: max(0, len(spent) - SPENT_KEPT_MAX)]:
+        turn.forget(job)
+
+
+def _is_told(job: Job) -> bool:
+    """Its own client has all of its records, and none will follow unless somebody asks for failed tasks again."""
+    return job.closed and job.ended == job.count and job.acked >= job.cursor and not job.spec.detached
 
 
 def _give_up(turn: Turn, client: Client, keep_s: float) -> None:

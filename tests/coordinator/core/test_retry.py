@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from herder_coordinator.core import apply, events
+from herder_coordinator.core import apply, clients, events
 from herder_shared.ids import BlobId, Incarnation
 from herder_shared.states import Cause, Outcome, TaskState
 from herder_shared.wire.messages import Answer, Payload, TaskItem, TasksEnded, TasksReset
@@ -136,6 +136,13 @@ def test_arguments_of_failed_tasks_are_bounded(lab: Lab, monkeypatch: pytest.Mon
     lab.submit(1, "job2")  # type: ignore[arg-type]
     lab.ended(failed(lab.attempt(0, "job2"), Cause.EXCEPTION, job="job2"))  # type: ignore[arg-type]
     assert not lab.state.jobs["job2"].spent  # type: ignore[index]
+
+
+def test_jobs_that_could_be_run_again_are_bounded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "SPENT_KEPT_MAX", 0)
+    lab.pass_time(1.0)
+    assert JOB not in lab.state.jobs
+    assert not lab.state.spent_bytes
 
 
 def test_who_attaches_later_hears_the_old_ends_and_that_they_do_not_count() -> None:
