@@ -40,6 +40,8 @@ BEGIN, END = "<!-- fork-table: begin -->", "<!-- fork-table: end -->"
 CHUNK_TASKS = 50
 #: A naive child that used no processor time for so long hangs.
 NAIVE_LIMIT_S = 5.0
+#: A template that is being built may take so long on a busy machine: it is no hang of the task that waits for it.
+BUILD_S = 300.0
 #: Not distributions, but parts of the interpreter.
 STANDARD = ("sqlite3", "asyncio", "ThreadPoolExecutor")
 
@@ -247,7 +249,7 @@ def run_tasks(client: herder.Client, case: Case, options: Options) -> tuple[int,
     for first in (0, *range(1, options.tasks, CHUNK_TASKS)):
         count = min(CHUNK_TASKS, options.tasks - first) if first else 1
         job = client.array(fork_cases.task, [case.name] * count, range(first, first + count))
-        if not await_end(job, options.stall_s):
+        if not await_end(job, options.stall_s if first else max(BUILD_S, options.stall_s)):
             progress = job.progress()
             job.cancel()
             return done + progress.succeeded, failures, count - progress.ended, methods
