@@ -37,6 +37,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "agent/herder_agent/runtime/connection.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/environments.py": "tests/agent/runtime/test_loop.py",
     "agent/herder_agent/runtime/memory.py": "tests/agent/runtime/test_loop.py",
+    "agent/herder_agent/runtime/templates.py": "tests/agent/runtime/test_loop.py",
     # what one task must not leave to the next, under every start method
     "agent/herder_agent/template/baseline.py": "tests/agent/template/test_isolation.py",
     # in a template whose memory is heavy

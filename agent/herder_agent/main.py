@@ -86,7 +86,7 @@ class Agent:
         collector = NodeCollector(
             state,
             advance=lambda: state.account.advance(time.monotonic()),
-            template_pids=agent.template_pids,
+            template_pids=agent.templates.pids,
             blob_bytes=lambda: agent.store.size_bytes,
         )
         agent.exposition = Exposition(agent.counts, collector)

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from herder_agent.core import effects as fx
 from herder_agent.core import events
 from herder_agent.core.state import ChildPhase, State
 from herder_agent.core.step import next_deadline_s, step
-from herder_agent.launch import command, control, forkserver, fresh
+from herder_agent.launch import command, fresh
 from herder_agent.launch.child import Child
 from herder_agent.launch.control import encode as encode_json
 from herder_agent.launch.poller import Poller
@@ -32,10 +32,9 @@ from herder_agent.runtime.blobs import BlobStore, FunctionCache
 from herder_agent.runtime.children import Children
 from herder_agent.runtime.connection import Connection, size_of
 from herder_agent.runtime.environments import Environments
-from herder_agent.runtime.memory import TemplateWatch
-from herder_agent.runtime.oracle import see_template
 from herder_agent.runtime.reap import Reaper
 from herder_agent.runtime.relays import Relays
+from herder_agent.runtime.templates import Templates
 from herder_shared.errors import DataLost
 from herder_shared.ids import AttemptId, ClusterId, WorkloadKey
 from herder_shared.limits import MIB
@@ -43,12 +42,10 @@ from herder_shared.states import Cause
 from herder_shared.wire.messages import (
     AttemptEnd,
     AttemptStart,
-    AuditStep,
     NodeReport,
     Payload,
     TaskOptions,
     WorkloadReport,
-    WorkloadSpec,
 )
 
 _log = logging.getLogger("herder.agent")
@@ -133,13 +130,21 @@ class AgentLoop:
             open_client=self.relays.open,
         )
         self.children.limits.pids = state.pids
-        self._template_watch = TemplateWatch(self.loop)
         self._cloudpickle = host.offer_cloudpickle(place.state_dir)
+        self.templates = Templates(
+            place,
+            state.node,
+            loop=self.loop,
+            poller=self.poller,
+            environments=self.environments,
+            reaper=self.reaper,
+            children=self.children,
+            cloudpickle_path=self._cloudpickle,
+            dispatch=self.dispatch,
+            begun=self._open_fresh,
+            sweep_soon=self._sweep_soon,
+        )
         self._scratch = place.state_dir.absolute() / "scratch"
-        self._values = fresh.Values()
-        self._templates: dict[int, forkserver.Template] = {}
-        #: Asked for of the template of this number, and not there yet.
-        self._branching: dict[int, int] = {}
         self._pending: deque[events.Event] = deque()
         self._is_stepping = False
         self._timer: asyncio.TimerHandle | None = None
@@ -158,7 +163,6 @@ class AgentLoop:
         self._workloads: dict[WorkloadKey, WorkloadReport] = {}
         self._held_bytes = 0
         self._use = host.CpuUse(state.cpus or host.usable_cpus())
-        self._templates_gone = asyncio.Event()
         self._is_closing = False
         self._is_closed = False
 
@@ -203,7 +207,7 @@ class AgentLoop:
                 self._report_soon()
             case fx.ForkChildren():
                 orders = [{"child": child} for child in effect.children]
-                self._order(effect.template, {"t": "fork", "n": len(orders), "children": orders})
+                self.templates.order(effect.template, {"t": "fork", "n": len(orders), "children": orders})
             case fx.Observe():
                 self.counts.observe(effect)
                 if effect.text:
@@ -219,16 +223,15 @@ class AgentLoop:
             case fx.DropChild():
                 self.children.drop(effect.child)
             case fx.StartTemplate():
-                self._start_template(effect)
+                self.templates.start(effect)
             case fx.BranchTemplate():
-                self._branch_template(effect)
+                self.templates.branch(effect)
             case fx.StopTemplate():
-                if (template := self._templates.get(effect.template)) is not None:
-                    template.stop()
+                self.templates.stop(effect.template)
             case fx.DropValue():
-                self._values.drop(effect.workload)
+                self.templates.values.drop(effect.workload)
             case fx.LookAtTemplate():
-                self._look_at_template(effect.template)
+                self.templates.look_at(effect.template)
             case fx.FetchBlobs():
                 self.connection.fetch(effect.attempt, effect.blobs)
             case fx.ReleaseBlobs():
@@ -355,202 +358,13 @@ class AgentLoop:
         self._sweep_wait_s = _SWEEP_RETRY_S
         self.dispatch(events.LeftoversGone())
 
-    # Templates.
-
-    def _start_template(self, effect: fx.StartTemplate) -> None:
-        spec = effect.workload
-        template = self._new_template(effect.template, spec)
-
-        def with_environment(environment: dict[str, str]) -> None:
-            if effect.template not in self._templates:
-                return
-            opening = self._opening_of(spec, effect.publish)
-            try:
-                kind = "publisher" if effect.publish else "template"
-                template.start(environment, self._log_of(spec, kind), opening)
-            except OSError as error:
-                without(
-                    f"the interpreter {(spec.python if spec else None) or 'of the agent'} cannot be started: {error}"
-                )
-                return
-            self.reaper.known.add(template.pid)
-            self._limit_memory(template)
-
-        def without(message: str) -> None:
-            self._templates.pop(effect.template, None)
-            is_users = spec is not None and (spec.prologue is not None or spec.python is not None)
-            cause = Cause.SETUP_FAILED if is_users else Cause.START_FAILED
-            self.dispatch(events.TemplateFailed(effect.template, cause, message))
-            self.dispatch(events.TemplateExited(effect.template, message))
-
-        self.environments.get(spec, with_environment, without)
-
-    def _new_template(self, number: int, spec: WorkloadSpec | None) -> forkserver.Template:
-        template = self._templates[number] = forkserver.Template(
-            number,
-            spec,
-            loop=self.loop,
-            poller=self.poller,
-            received=self._template_said,
-            exited=self._template_exited,
-        )
-        return template
-
-    def _opening_of(self, spec: WorkloadSpec | None, publish: bool = False) -> dict[str, object]:
-        return forkserver.open_head(
-            spec,
-            cluster=self.place.cluster,
-            node=self.state.node,
-            cloudpickle_path=self._cloudpickle,
-            publish=publish,
-        )
-
-    def _log_of(self, spec: WorkloadSpec | None, kind: str = "template") -> Path:
-        name = spec.key if spec is not None else "spawner"
-        return self.place.state_dir / "logs" / f"{kind}-{name}.log"
-
-    def _limit_memory(self, template: forkserver.Template) -> None:
-        spec = template.spec
-        if spec is not None and spec.memory_bytes:
-            over = partial(self._template_over, template)
-            self._template_watch.add(template.pid, spec.memory_bytes, lambda: not template.is_ready, over)
-
-    def _branch_template(self, effect: fx.BranchTemplate) -> None:
-        """Have a template fork itself. A replica writes where its parent does, a tree to its workload's own log."""
-        self._new_template(effect.template, effect.workload)
-        parent = self._templates.get(effect.parent)
-        if parent is None:
-            self._not_branched(effect.template, "the template that was to fork it is gone")
-            return
-        self._branching[effect.template] = effect.parent
-        is_replica = parent.spec is not None and parent.spec.key == effect.workload.key
-        try:
-            log = [] if is_replica else [forkserver.open_log(self._log_of(effect.workload))]
-        except OSError as error:
-            self._not_branched(effect.template, f"its log file cannot be opened: {error}")
-            return
-        parent.send({"t": "branch", "template": effect.template, "log": bool(log)}, log)
-        for fd in log:
-            os.close(fd)
-
-    def _branched(self, head: control.Branched, descriptors: list[int]) -> None:
-        end, pidfd = descriptors
-        template = self._templates.get(head.template)
-        self._branching.pop(head.template, None)
-        if template is None or self._is_closing:
-            os.close(end)  # which ends it
-            os.close(pidfd)
-            return
-        template.adopt(head.pid, end, pidfd, self._log_of(template.spec), self._opening_of(template.spec))
-        self._limit_memory(template)
-        if template.is_stopping:
-            template.stop()
-
-    def _not_branched(self, number: int, message: str) -> None:
-        self._branching.pop(number, None)
-        if self._templates.pop(number, None) is not None:
-            self.dispatch(events.TemplateNotBranched(number, message))
-
-    def _order(self, number: int, head: dict[str, object], descriptors: Sequence[int] = ()) -> None:
-        template = self._templates.get(number)
-        if template is not None:
-            template.send(head, descriptors)
-
-    def _template_said(
-        self, template: forkserver.Template, head: control.FromTemplate, body: bytes, descriptors: list[int]
-    ) -> None:
-        number = template.number
-        match head:
-            case control.Done():
-                self.children.done(head, body, descriptors)
-            case control.Forked():
-                child = self.children.forked(template, head, descriptors)
-                self.dispatch(events.ChildForked(head.child, head.pid))
-                self.children.begin(child, partial(self._open_fresh, child))
-            case control.Branched():
-                self._branched(head, descriptors)
-            case control.BranchFailed():
-                _log.warning("template %d: %s", number, head.message)
-                self._not_branched(head.template, head.message)
-            case control.Exited():
-                self.children.exited(head)
-            case control.ForkFailed():
-                result = self._not_executed(head) if head.exec else None
-                self.children.not_forked(head.child)
-                self.dispatch(events.ChildForkFailed(head.child, head.message, result, head.exec))
-            case control.Step():
-                audited = AuditStep(
-                    head.step, head.seconds, head.rss, head.threads, head.verdict, head.findings, head.applied
-                )
-                self.dispatch(events.TemplateStepped(number, audited))
-            case control.Ready():
-                if descriptors and template.spec is not None:
-                    self._values.keep(template.spec.key, descriptors[0])
-                ready = events.TemplateReady(
-                    number,
-                    head.start,
-                    head.fork_point,
-                    head.reason,
-                    head.python,
-                    head.pid,
-                    head.start_s,
-                    head.rss,
-                    head.setup_mode,
-                    head.setup_s,
-                    head.value,
-                    head.not_published,
-                    head.shared,
-                    head.private,
-                    fork_cost_s=head.fork_cost_s,
-                    immortal_objects=head.immortal_objects,
-                    immortal_off=head.immortal_off,
-                    notes=head.notes,
-                )
-                self.dispatch(ready)
-                self._look_at_template(number)
-            case control.Failed():
-                self.dispatch(events.TemplateFailed(number, cause_of(head.cause), head.message, head.traceback))
-            case control.Log():
-                level = logging.getLevelNamesMapping().get(head.level.upper(), logging.INFO)
-                _log.log(level, "template %d: %s", number, head.text[:2000])
-            case control.Stats():
-                pass
-
-    def _template_over(self, template: forkserver.Template, message: str) -> None:
-        self.dispatch(events.TemplateFailed(template.number, Cause.SETUP_FAILED, message))
-        template.kill()
-
-    def _template_exited(self, template: forkserver.Template, message: str) -> None:
-        self._template_watch.remove(template.pid)
-        self._templates.pop(template.number, None)
-        self.reaper.known.discard(template.pid)
-        if not self._templates:
-            self._templates_gone.set()
-        if not template.is_stopping and not self._is_closing:
-            _log.warning("%s", message)
-        for branch in [branch for branch, parent in self._branching.items() if parent == template.number]:
-            self._not_branched(branch, message)
-        self.dispatch(events.TemplateExited(template.number, message))
-        self.children.drop_all_of(template.number)
-        self._sweep_soon()  # branches which died with it
-
-    def _look_at_template(self, number: int) -> None:
-        template = self._templates.get(number)
-        seen = see_template(number, template.pid) if template is not None and template.pid else None
-        if seen is not None:
-            self.dispatch(seen)
-
-    def template_pids(self) -> list[int]:
-        """Processes of templates that run, for the account of their memory."""
-        return [template.pid for template in self._templates.values() if template.pid]
-
     # Children.
 
     def _spawn_fresh(self, effect: fx.SpawnFresh) -> None:
         self.children.expect(effect.child, "fresh", effect.workload)
 
         def with_environment(environment: dict[str, str]) -> None:
-            self._order(effect.template, fresh.order(effect.child, effect.workload, environment))
+            self.templates.order(effect.template, fresh.order(effect.child, effect.workload, environment))
 
         def without(message: str) -> None:
             self.dispatch(events.ChildForkFailed(effect.child, message))
@@ -562,7 +376,7 @@ class AgentLoop:
         if spec is None or child.channel is None:
             return
         known = self.state.children.get(child.number)
-        opening = self._values.opening(
+        opening = self.templates.values.opening(
             spec,
             known.pool.tasks_max if known is not None else spec.max_tasks_per_child,
             cluster=self.place.cluster,
@@ -572,7 +386,7 @@ class AgentLoop:
         child.channel.send(*opening)
         if spec.memory_bytes:
             over = partial(self._fresh_over, child)
-            self._template_watch.add(child.pid, spec.memory_bytes, partial(self._is_warming, child), over, True)
+            self.templates.watch.add(child.pid, spec.memory_bytes, partial(self._is_warming, child), over, True)
 
     def _is_warming(self, child: Child) -> bool:
         known = self.state.children.get(child.number)
@@ -597,7 +411,7 @@ class AgentLoop:
             groups = self.children.limits.enter(effect.child, effect.options.memory_bytes, effect.grant.pids)
             head = {**command.order(effect, spec, full), "groups": groups}
             stdin = command.stdin_file(spec)
-            self._order(effect.template, head, stdin)
+            self.templates.order(effect.template, head, stdin)
             for fd in stdin:
                 os.close(fd)
 
@@ -605,13 +419,6 @@ class AgentLoop:
             self.dispatch(events.ChildForkFailed(effect.child, message))
 
         self.environments.get(effect.workload, with_environment, without)
-
-    def _not_executed(self, head: control.ForkFailed) -> Payload | None:
-        """What a shell would say of a command which is not there."""
-        if not self.children.is_command(head.child):
-            return None
-        content = command.not_executed(head.message)
-        return Payload(content, None, len(content))
 
     def _marks(self, start: AttemptStart, grant: fx.Grant) -> dict[str, str]:
         marks = {"HERDER_ATTEMPT": f"{self.place.cluster}/{start.attempt.epoch}.{start.attempt.n}"}
@@ -714,8 +521,7 @@ class AgentLoop:
         }
 
     def _run_task(self, effect: fx.RunTask) -> None:
-        template = self._templates.get(effect.template)
-        if template is None:
+        if not self.templates.is_there(effect.template):
             return
         start, options, grant = effect.attempt, effect.options, effect.grant
         function = start.function or ""
@@ -751,12 +557,12 @@ class AgentLoop:
             "cuts": (first, middle, middle + len(parts[1])),
         }
         self.children.hand(effect.child, effect.template, scratch)
-        template.run(order, [text, *parts])
+        self.templates.run(effect.template, order, [text, *parts])
 
     def _signal(self, effect: fx.SignalChild) -> None:
         template = self.children.template_of(effect.child)
         if template:
-            self._order(template, {"t": "kill", "child": effect.child, "signal": int(effect.signal)})
+            self.templates.order(template, {"t": "kill", "child": effect.child, "signal": int(effect.signal)})
             if effect.signal == signal.SIGKILL:
                 self.children.limits.kill(effect.child)
 
@@ -808,15 +614,10 @@ class AgentLoop:
             if timer is not None:
                 timer.cancel()
         self.environments.close()
-        for template in list(self._templates.values()):
-            if template.pid:
-                template.stop()
-            else:
-                self._templates.pop(template.number)
+        self.templates.end_all()
         try:
             async with asyncio.timeout(_STOP_LIMIT_S):
-                if self._templates:
-                    await self._templates_gone.wait()
+                await self.templates.wait_gone()
                 self.end_now()
                 while self.reaper.sweep():  # noqa: ASYNC110 - nothing tells when a killed orphan is gone
                     await asyncio.sleep(_SWEEP_RETRY_S)
@@ -824,24 +625,14 @@ class AgentLoop:
             self.end_now()
         self.children.close()
         self.relays.close()
-        self._template_watch.close()
+        self.templates.close()
         self.poller.close()
-        self._values.close()
         self.connection.close()
         self.reaper.close()
 
     def end_now(self) -> None:
         """SIGKILL to all that is ours, without waiting."""
         self._is_closing = True
-        for template in self._templates.values():
-            template.kill()
+        self.templates.kill_all()
         self.reaper.known.clear()
         self.reaper.sweep()
-
-
-def cause_of(text: str) -> Cause:
-    """The cause that a template or child named; one that we do not know is a failed start."""
-    try:
-        return Cause(text)
-    except ValueError:
-        return Cause.START_FAILED
