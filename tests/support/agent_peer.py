@@ -292,7 +292,7 @@ def running(folder: Path, cores: int = 2, *flags: str) -> Iterator[tuple[Coordin
                 coordinator.wait(lambda: agent.process.poll() is not None, 10.0)
             else:
                 agent.process.terminate()
-            assert agent.process.wait(10.0) == 0, agent.log.read_text()
+            assert agent.process.wait(60.0) == 0, agent.log.read_text()
     finally:
         agent.process.kill()
         agent.process.wait()

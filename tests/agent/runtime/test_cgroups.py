@@ -121,7 +121,7 @@ def test_what_is_left_in_a_group_holds_it_until_it_is_gone(groups: Groups) -> No
     group = taken(groups, pids=10)
     process = run_in(group, "import time; time.sleep(60)")
     groups.give_back(group)
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     process.communicate()
     assert groups.settle() == set()
 

@@ -119,7 +119,7 @@ def test_next_agent_kills_what_an_earlier_one_left(tmp_path: Path) -> None:
             coordinator.wait_linked()
             assert not is_alive(left)
             second.process.terminate()
-            assert second.process.wait(10.0) == 0
+            assert second.process.wait(60.0) == 0
         finally:
             second.process.kill()
             second.process.wait()
@@ -191,7 +191,7 @@ def test_running_attempt_that_is_acknowledged_is_stopped_and_not_reported(tmp_pa
 def test_end_of_the_lifeline_ends_everything(tmp_path: Path) -> None:
     with running(tmp_path) as (coordinator, first):
         first.process.terminate()
-        assert first.process.wait(10.0) == 0
+        assert first.process.wait(60.0) == 0
         coordinator.wait(lambda: coordinator.link is None)
         read, write = os.pipe()
         os.set_inheritable(read, True)
@@ -213,7 +213,7 @@ def test_end_of_the_lifeline_ends_everything(tmp_path: Path) -> None:
             coordinator.start(sleep_after_telling, str(tmp_path), "one", 60.0)
             pids = pids_of(coordinator, tmp_path / "one")
             os.close(write)
-            assert process.wait(10.0) == 0, (tmp_path / "second.log").read_text()
+            assert process.wait(60.0) == 0, (tmp_path / "second.log").read_text()
             wait_gone(*pids, timeout_s=1.0)
         finally:
             process.kill()
@@ -224,7 +224,7 @@ def test_end_of_the_lifeline_ends_everything(tmp_path: Path) -> None:
 def test_second_agent_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     with running(tmp_path) as (coordinator, agent):
         second = start_agent(coordinator, tmp_path)
-        assert second.process.wait(10.0) == 2
+        assert second.process.wait(60.0) == 2
         assert f"pid {agent.pid}" in second.log.read_text()
 
 

@@ -251,7 +251,7 @@ def watched(name: str, code: str) -> Result:
     finally:
         if result.hung:
             os.killpg(process.pid, 9)
-        result.status = process.wait(10)
+        result.status = process.wait(60)
         assert process.stdout is not None
         process.stdout.close()
     return result
