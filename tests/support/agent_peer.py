@@ -289,7 +289,7 @@ def running(folder: Path, cores: int = 2, *flags: str) -> Iterator[tuple[Coordin
         if agent.process.poll() is None:
             if coordinator.link is not None:
                 coordinator.send(Stop("the test is over"))
-                coordinator.wait(lambda: agent.process.poll() is not None, 10.0)
+                coordinator.wait(lambda: agent.process.poll() is not None, 60.0)
             else:
                 agent.process.terminate()
             assert agent.process.wait(60.0) == 0, agent.log.read_text()
