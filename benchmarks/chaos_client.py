@@ -161,9 +161,11 @@ class ChaosClient:
         self._watch(key, self._once.submit(work, self._ran, key, self._random.expovariate(8)), _attempt_of_value)
 
     def _array(self) -> herder.Job:
-        keys = [self._key() for _ in range(self._random.randint(3, 15))]
-        seconds = self._random.choice([0.0, 0.02, 0.1])
-        job = self._again.array(work, [self._ran] * len(keys), keys, [seconds] * len(keys))
+        once = self._random.random() < 0.4
+        keys = [self._key(once) for _ in range(self._random.randint(3, 15))]
+        seconds = self._random.choice([0.0, 0.02, 0.1, 0.4])
+        view = self._once if once else self._again
+        job = view.array(work, [self._ran] * len(keys), keys, [seconds] * len(keys))
         for index, key in enumerate(keys):
             self._watch(key, job.future(index), _attempt_of_value, job)
         return job
