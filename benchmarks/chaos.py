@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -380,6 +382,9 @@ class Chaos:
             report = node.report
             if node.running or report is None or report.running or report.queued:
                 yield f"node {node.facts.node} ({node.state}) has {node.running} attempts, and says {report}"
+            kept = unacknowledged(f"{self._cluster.http}/agents/{node.facts.node}/metrics")
+            if kept:
+                yield f"node {node.facts.node} keeps {kept:g} ends as unacknowledged"
 
     def _read_journal(self) -> None:
         """Read the journal of the life that ended, or goes on, from a copy: opening takes the lock and repairs."""
@@ -471,6 +476,14 @@ def children_of(pid: int) -> list[int]:
             with suppress(OSError):
                 found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return found
+
+
+def unacknowledged(url: str) -> float:
+    """Ends that an agent keeps, as its metrics say."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.search(r"^herder_node_ends_unacknowledged\{[^}]*\} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found is not None else 0.0
 
 
 def _state_of(pid: int) -> str:
