@@ -543,7 +543,7 @@ class Agent:
 
     # --- what goes wrong ---------------------------------------------------------------------------------------------
 
-    def kill(self, down_s: float) -> None:
+    def kill(self, down_s: float, *, tells: bool = True) -> None:
         """SIGKILL or power off: what ran dies; the kernel closes the connection, or nobody does."""
         life = self.life
         if life is None:
@@ -554,8 +554,12 @@ class Agent:
         life.connection.close()
         self.node.children.clear()
         self.node.used = 0.0
-        self.network.program_died(life.program, tells=self.world.chance(0.6))
+        self.network.program_died(life.program, tells=tells and self.world.chance(0.6))
         self.world.after(down_s, self.start)
+
+    def lose(self) -> None:
+        """Its machine is gone for good, and nobody says so."""
+        self.kill(1e9, tells=False)
 
     def stop(self, seconds: float) -> None:
         """SIGSTOP."""

@@ -146,7 +146,7 @@ class Life(Server):
     def _failed(self, error: Exception) -> None:
         """Fail-stop: the program ends, and is started again."""
         self._failure = error
-        self.coordinator.failed(error)
+        self.coordinator.failed(self, error)
 
     def observe(self, observation: Observe) -> None:
         pass
@@ -190,6 +190,8 @@ class Coordinator:
         self.storage = Storage()
         self.blobs: dict[BlobId, bytes] = {}
         self.life: Life | None = None
+        #: Lives that another one has taken over from, and that do not know it yet.
+        self.zombies: list[Life] = []
         self.program = new_program(world, "coordinator")
         self.start()
 
@@ -257,14 +259,35 @@ class Coordinator:
         self._die()
         self.world.after(down_s, self.start)
 
-    def failed(self, error: Exception) -> None:
+    def take_over(self, seconds: float) -> None:
+        """Another program takes the journal over, as on a database that all can reach; this one, which was stopped or
+        cut off from it, goes on until it notices."""
+        if self.life is not None:
+            self.zombies.append(self.life)
+            self.program.halt(seconds)
+            self.life = None
+            self.storage.crash(self.world, tears=False)
+            self.start()
+
+    def end_zombies(self) -> None:
+        """Whoever has not noticed by now is found and stopped."""
+        for life in self.zombies:
+            life.program.kill()
+            self.network.program_died(life.program, tells=True)
+        self.zombies.clear()
+
+    def failed(self, life: Life, error: Exception) -> None:
         """It stopped itself."""
         if not isinstance(error, JournalError):
             raise error
-        self.world.at(0.0, self._fail_stop)
+        self.world.at(0.0, self._fail_stop, life)
 
-    def _fail_stop(self) -> None:
-        if self.life is not None:
+    def _fail_stop(self, life: Life) -> None:
+        if life in self.zombies:
+            self.zombies.remove(life)
+            life.program.kill()
+            self.network.program_died(life.program, tells=True)
+        elif self.life is life:
             self._die()
             self.world.after(0.5, self.start)
 

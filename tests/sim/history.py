@@ -121,7 +121,8 @@ class History:
                 pass
         if end.failure is not None and end.failure.cause is Cause.UNSCHEDULABLE and not self.disturbed:
             raise Violation(f"{key}: {end.failure.message}")
-        if end.failure is not None and _root(end.failure).cause is Cause.DATA_LOST and not self.lost_blobs:
+        is_excused = self.lost_blobs or plan.is_abandoned
+        if end.failure is not None and _root(end.failure).cause is Cause.DATA_LOST and not is_excused:
             raise Violation(f"{key}: {end.failure.message}")
 
     def _check_success(self, key: TaskKey, end: TaskEnd) -> None:

@@ -26,13 +26,13 @@ class Storage:
         #: It is full until then.
         self.full_until_s = 0.0
 
-    def crash(self, world: World) -> None:
+    def crash(self, world: World, *, tears: bool = True) -> None:
         """The machine stops: the system had written some of it."""
         kept = world.random.randint(0, len(self.unsynced))
         torn = self.unsynced[kept : kept + 1]
         self.rows += self.unsynced[:kept]
         self.unsynced.clear()
-        if torn and world.chance(0.5):
+        if torn and tears and world.chance(0.5):
             self.rows.append(torn[0][: world.random.randrange(len(torn[0]))])
 
     def records(self, first: int = 0, upto: int | None = None) -> list[Record]:

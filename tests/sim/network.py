@@ -214,7 +214,7 @@ class Cable:
 
 
 class Network:
-    """Connections between one listening coordinator and who dials it."""
+    """Connections between coordinators and who dials them."""
 
     def __init__(self, world: World, delay_s: float, *, doubles: bool, is_late: bool) -> None:
         self.world = world
@@ -225,11 +225,12 @@ class Network:
         self.cables: list[Cable] = []
         #: What waits for the end of a partition, by dialler's host and whether the dialler sent it.
         self.blocked: dict[tuple[str, bool], list[tuple[Cable, End, Callable[..., None], Any]]] = {}
-        self._listener: tuple[Program, Callable[[], Connection], Peer] | None = None
+        self._listeners: list[tuple[Program, Callable[[], Connection], Peer]] = []
 
     def listen(self, program: Program, factory: Callable[[], Connection], identity: Peer) -> None:
-        """From now on this program is whom diallers reach."""
-        self._listener = (program, factory, identity)
+        """From now on diallers reach this program too: they try several addresses."""
+        self._listeners = [each for each in self._listeners if not each[0].is_dead]
+        self._listeners.append((program, factory, identity))
 
     def dial(
         self,
@@ -257,10 +258,11 @@ class Network:
         factory: Callable[[], Connection],
         refused: Callable[[], None],
     ) -> None:
-        if self._listener is None or self._listener[0].is_dead:
+        listeners = [each for each in self._listeners if not each[0].is_dead]
+        if not listeners:
             program.call_soon(refused)
             return
-        listener, accept, coordinator = self._listener
+        listener, accept, coordinator = listeners[0] if len(listeners) == 1 else self.world.random.choice(listeners)
         cable = Cable(self, host)
         near, far = End(cable, program, is_dialler=True), End(cable, listener, is_dialler=False)
         near.other, far.other = far, near

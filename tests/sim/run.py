@@ -35,10 +35,12 @@ _ENDS = (
     "client_partitions",
     "agent_kills",
     "agent_stops",
+    "agent_losses",
     "client_stops",
     "drains",
     "coordinator_crashes",
     "coordinator_stalls",
+    "takeovers",
     "disk_errors",
     "full_disks",
     "blob_losses",
@@ -74,10 +76,12 @@ class Faults:
     client_partitions: float
     agent_kills: float
     agent_stops: float
+    agent_losses: float
     client_stops: float
     drains: float
     coordinator_crashes: float
     coordinator_stalls: float
+    takeovers: float
     disk_errors: float
     full_disks: float
     blob_losses: float
@@ -128,10 +132,12 @@ class Faults:
             partitions=rate(0.15),
             client_partitions=rate(0.1, 0.5),
             agent_kills=rate(0.3),
+            agent_losses=rate(0.05, 0.7),
             agent_stops=rate(0.15),
             client_stops=rate(0.1, 0.4),
             drains=rate(0.1, 0.6),
             coordinator_crashes=rate(0.3, 1.5),
+            takeovers=rate(0.15, 0.7),
             coordinator_stalls=rate(0.15),
             full_disks=rate(0.1),
             disk_errors=rate(0.1, 0.5),
@@ -191,6 +197,8 @@ class Simulation:
             at_times(faults.links, agent.break_link)
             at_times(faults.agent_kills, agent.kill, 10)
             at_times(faults.agent_stops, agent.stop, 2 * faults.lease_s)
+            if not agent.node.labels:  # what asks for that label can be met by the others
+                at_times(faults.agent_losses, agent.lose)
             at_times(faults.partitions, agent.cut_off, 2 * faults.lease_s)
             at_times(faults.template_deaths, agent.kill_template)
             at_times(faults.drains, partial(self._drain, agent.node.name))
@@ -201,6 +209,7 @@ class Simulation:
             at_times(faults.cancels, client.cancel_something)
         at_times(faults.coordinator_crashes, self.coordinator.crash, random.choice([1, 1, 10]))
         at_times(faults.coordinator_stalls, self.coordinator.stall, 3 * faults.lease_s)
+        at_times(faults.takeovers, self.coordinator.take_over, 2 * faults.lease_s)
         at_times(faults.full_disks, self.coordinator.fill_disk, 10)
         if faults.vanishing:
             world.at(start_s + random.random() * CHAOS_S, self.clients[-1].kill)
@@ -224,6 +233,7 @@ class Simulation:
         world = self.world
         world.run(world.now_s + CHAOS_S)
         self.faults.end()
+        self.coordinator.end_zombies()
         self.network.mend()
         for agent in self.agents:
             self._set_drain(agent.node.name, on=False)
