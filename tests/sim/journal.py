@@ -16,6 +16,10 @@ from herder_shared.ids import ClusterId
 from sim.world import Program, World
 
 
+#: How often a journal that nobody writes to looks whether another coordinator has taken it over.
+FENCE_S = 2.0
+
+
 class Storage:
     """Rows that are on disk, and rows that were written and may be lost."""
 
@@ -76,6 +80,14 @@ class SimJournal:
         self._storage.epoch = self.epoch
         self._storage.rows = [encode_batch(0, snapshot)] if snapshot else []
         self._storage.unsynced.clear()
+        self._program.call_later(FENCE_S, self._look)
+
+    def _look(self) -> None:
+        """Whether it is still ours, as a journal does that others can reach."""
+        if self.epoch != self._storage.epoch:
+            self._fail("another coordinator has begun a later epoch")
+        elif not self._is_over:
+            self._program.call_later(FENCE_S, self._look)
 
     def append(self, records: Sequence[Record], durable: Callable[[float], None]) -> None:
         """Write a row, to be synced with whatever else is there by then."""
@@ -130,5 +142,6 @@ class SimJournal:
         self._write()
 
     def _fail(self, why: str) -> None:
-        self._is_over = True
-        self._failed(JournalError(why))
+        if not self._is_over:
+            self._is_over = True
+            self._failed(JournalError(why))

@@ -132,7 +132,7 @@ class Faults:
             partitions=rate(0.15),
             client_partitions=rate(0.1, 0.5),
             agent_kills=rate(0.3),
-            agent_losses=rate(0.05, 0.7),
+            agent_losses=rate(0.1, 0.7),
             agent_stops=rate(0.15),
             client_stops=rate(0.1, 0.4),
             drains=rate(0.1, 0.6),
@@ -209,10 +209,16 @@ class Simulation:
             at_times(faults.cancels, client.cancel_something)
         at_times(faults.coordinator_crashes, self.coordinator.crash, random.choice([1, 1, 10]))
         at_times(faults.coordinator_stalls, self.coordinator.stall, 3 * faults.lease_s)
-        at_times(faults.takeovers, self.coordinator.take_over, 2 * faults.lease_s)
+        at_times(faults.takeovers, self._take_over, 2 * faults.lease_s)
         at_times(faults.full_disks, self.coordinator.fill_disk, 10)
         if faults.vanishing:
             world.at(start_s + random.random() * CHAOS_S, self.clients[-1].kill)
+
+    def _take_over(self, seconds: float) -> None:
+        if self.faults.disconnect_grace_s <= 2 * self.faults.lease_s:  # clients may take that long to leave a zombie
+            for plan in self.history.plans.values():
+                plan.is_abandoned = True
+        self.coordinator.take_over(seconds)
 
     def _drain(self, node: str) -> None:
         self._set_drain(node, on=True)
