@@ -15,7 +15,6 @@ from herder_coordinator.journal.interface import JournalError
 from herder_shared.ids import ClusterId
 from sim.world import Program, World
 
-
 #: How often a journal that nobody writes to looks whether another coordinator has taken it over.
 FENCE_S = 2.0
 

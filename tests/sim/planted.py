@@ -67,11 +67,13 @@ BUGS: tuple[Bug, ...] = (
         "lazy-assign",
         "an order for a task that may run once leaves before its record is on disk",
         (Change(turn.Turn._orders, '"now" if idempotent else "durable"', '"now"'),),
+        seed=67,
     ),
     Bug(
         "no-epoch-in-attempts",
         "each life of the coordinator numbers its attempts from the same beginning",
         (Change(ready._start, "AttemptId(state.epoch,", "AttemptId(1,"),),
+        seed=12,
     ),
     Bug(
         "no-agent-dedupe",
@@ -86,11 +88,13 @@ BUGS: tuple[Bug, ...] = (
         "no-session-fence",
         "what comes late from an agent's older connection counts",
         (Change(agents.session_of, "node is None or not session or node.session != session", "node is None"),),
+        is_rare=True,
     ),
     Bug(
         "finishing-race",
         "an inventory that lists an attempt whose task has ended revives it",
         (Change(agents._keep, " or job.outcomes[one.index]", ""),),
+        is_rare=True,
     ),
     Bug(
         "two-terminals",
@@ -99,16 +103,19 @@ BUGS: tuple[Bug, ...] = (
             Change(ends.attempt_ended, " or job.outcomes[end.index]", ""),
             Change(apply.end_task, "assert not job.outcomes[index]", "assert True"),
         ),
+        seed=1,
     ),
     Bug(
         "retry-of-at-most-once",
         "a task that may run once is run again when its node was lost",
         (Change(ends._after_loss, "not options.idempotent and", "False and"),),
+        seed=9,
     ),
     Bug(
         "early-result-ack",
         "an agent is told to forget an end which is not on disk",
         (Change(turn.Turn._orders, 'AckAttempts(tuple(attempts)), "durable"', 'AckAttempts(tuple(attempts)), "now"'),),
+        seed=39,
     ),
     Bug(
         "cursor-not-resumed",
@@ -120,6 +127,7 @@ BUGS: tuple[Bug, ...] = (
                 "self._outbox.rewind()\n    for track in self._tracks.values():\n        track.cursor = track.acked\n",
             ),
         ),
+        seed=4,
     ),
     Bug(
         "outbox-not-rewound",
@@ -130,11 +138,13 @@ BUGS: tuple[Bug, ...] = (
         "cancel-lost-on-restart",
         "a cancellation is acknowledged and not recorded",
         (Change(clients.cancel, "turn.record(records.CancelRequested(job.id, indices, running))", "pass"),),
+        seed=1,
     ),
     Bug(
         "no-stall-forgiveness",
         "a coordinator that was stopped takes everybody else's silence for death",
         (Change(lease.forgive_stall, "if late_s <= limits.SELF_STALL_S", "if late_s <= 1e9"),),
+        seed=39,
     ),
     Bug(
         "dependant-released-early",
@@ -146,16 +156,19 @@ BUGS: tuple[Bug, ...] = (
                 "",
             ),
         ),
+        seed=9,
     ),
     Bug(
         "ends-forgotten",
         "an agent that reconnects has forgotten the ends which nobody acknowledged",
         (Change(agent_step._connected, "state.jobs.clear()\n", "state.jobs.clear()\n    state.ends.clear()\n"),),
+        seed=40,
     ),
     Bug(
         "claims-ignored",
         "a client acknowledges an end that a submission under way depends on",
         (Change(_ackable, "min(self.held.values(), default=self.cursor)", "self.cursor"),),
+        is_rare=True,
     ),
     Bug(
         "slot-freed-early",
@@ -169,11 +182,13 @@ BUGS: tuple[Bug, ...] = (
                 "    attempt.slot = None\n",
             ),
         ),
+        seed=2,
     ),
     Bug(
         "silence-is-no-news",
         "an agent that is silent for a lease is waited for on and on",
         (Change(agents.check_leases, "if state.now_s >= node.lease_s:", "if False:"),),
+        seed=93,
     ),
     Bug(
         "cancel-acked-once-for-all",
@@ -185,11 +200,13 @@ BUGS: tuple[Bug, ...] = (
                 "del self._cancels[position:]\n",
             ),
         ),
+        is_rare=True,
     ),
     Bug(
         "no-epoch-fence",
         "an older life of the coordinator is obeyed after a newer one was seen",
         (Change(session.check_welcome, "if welcome.epoch < hello.epoch_seen:", "if False:"),),
+        seed=64,
     ),
 )
 

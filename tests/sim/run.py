@@ -44,6 +44,7 @@ _ENDS = (
     "disk_errors",
     "full_disks",
     "blob_losses",
+    "overruns",
     "start_failures",
     "template_failures",
     "template_deaths",

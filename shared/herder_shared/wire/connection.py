@@ -195,6 +195,8 @@ class Connection(asyncio.Protocol):
         if self.is_ended:
             return
         assert self._session is not None
+        if self._session.state is SessionState.ENDED:
+            return  # in answer to what came in one piece with the peer's refusal
         frame = self._session.send(message)
         self._unsent.append(frame)
         self._unsent_bytes += len(frame)

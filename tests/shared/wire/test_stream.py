@@ -27,16 +27,18 @@ from herder_shared.wire import stream
 from herder_shared.wire.frame import encode_frame
 from herder_shared.wire.messages import (
     DrainNode,
+    Heartbeat,
     HeartbeatAck,
     Hello,
     JobSpec,
+    Message,
     OpenJob,
     Refused,
     Role,
     Welcome,
     WorkloadSpec,
 )
-from herder_shared.wire.stream import Dialler
+from herder_shared.wire.stream import Dialler, Link
 from support.links import (
     CLUSTER,
     Authority,
@@ -346,6 +348,29 @@ def test_a_live_link_can_be_refused_with_the_reason(run: Run, authority: Authori
             refused = Refused("Unauthorized", "this certificate was revoked")
             error = await end_of(client, lambda _: server.observer.links[0].refuse(refused))
             assert (type(error), str(error)) == (Unauthorized, "this certificate was revoked")
+
+    run(scenario())
+
+
+def test_what_answers_a_message_that_came_with_a_refusal_is_dropped(run: Run, authority: Authority) -> None:
+    async def scenario() -> None:
+        async with serving(authority) as (server, address):
+            client = Client(authority.identity("agent", "n1"), address, hello=agent_hello("n1"))
+            take = client.observer.received
+
+            def answer(link: Link, messages: list[Message]) -> None:
+                take(link, messages)
+                link.send(Heartbeat(7))
+
+            client.observer.received = answer  # type: ignore[method-assign]
+
+            def tell_and_refuse(_: Link) -> None:
+                server.observer.links[0].put(HeartbeatAck(1))
+                server.observer.links[0].refuse(Refused("Unauthorized", "revoked"))
+
+            error = await end_of(client, tell_and_refuse)
+            assert (type(error), str(error)) == (Unauthorized, "revoked")
+            assert client.observer.messages == [HeartbeatAck(1)]
 
     run(scenario())
 
