@@ -21,20 +21,18 @@ class Births:
 
     def __init__(self, plan: child.Plan) -> None:
         self._plan = plan
-        self._plain = plain.life(plan)
-        self._general: Life = self._with_task
+        prepare, plain_life = plain.preparation(plan), plain.life(plan)
+
+        def with_task(parent: int, ends: child.Ends, order: child.Order) -> NoReturn:
+            child.run_forked(plan, parent, ends, order)
+
+        def way_of(order: child.Order) -> Life:
+            return plain_life if prepare(order) else with_task
+
+        #: In the template: what the child with this task does, which is to be forked next.
+        self.way_of = way_of
 
     def idle(self, parent: int, ends: child.Ends) -> NoReturn:
         """In a child that will be given its tasks."""
-        child.run_forked(self._plan, parent, ends)
-
-    def prepare(self, order: child.Order) -> Life:
-        """In the template: what the child with this task does, which is to be forked next."""
-        return self._plain if plain.prepare(self._plan, order) else self._general
-
-    def over(self) -> None:
-        """In the template: the children are forked. It runs no task itself."""
         self._plan.seen.withdraw()
-
-    def _with_task(self, parent: int, ends: child.Ends, order: child.Order) -> NoReturn:
-        child.run_forked(self._plan, parent, ends, order)
+        child.run_forked(self._plan, parent, ends)

@@ -33,6 +33,7 @@ def become(stem: build.Template, parent: int, end: _socket.socket, log: int) -> 
     """
     try:
         hooks.makes_up()()
+        stem.plan.seen.withdraw()
         os.setsid()
         system.die_with(parent)
         _take_descriptors(stem, end, log)

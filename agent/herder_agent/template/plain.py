@@ -28,20 +28,31 @@ if TYPE_CHECKING:
 _ATTEMPT = b"HERDER_ATTEMPT"
 
 
-def prepare(plan: child.Plan, order: child.Order) -> bool:
-    """In the template: whether this task is a plain one. If so, all is done for it that can be done before the fork.
+def preparation(plan: child.Plan) -> Callable[[child.Order], bool]:
+    """In the template: whether a task is a plain one. If so, all is done for it that can be done before the fork.
 
     The agent says `plain` of a task that asks for nothing but its function, its arguments and its CPUs.
     """
-    head, body = order
-    if not head["plain"] or not plan.takes_plain or not plan.runner.is_set_up_for(head["threads"], head["python"]):
-        return False
-    attempt = head["attempt"].encode()
-    os.putenv(_ATTEMPT, attempt)
-    # As `os.environ[...] = ...`, which would encode both anew.
-    vars(os.environ)["_data"][_ATTEMPT] = attempt
-    plan.seen.announce(body[: head["len"]])
-    return True
+    known, putenv = vars(plan.seen), os.putenv
+    #: As `os.environ[...] = ...` would set it, which encodes name and value anew.
+    environ = vars(os.environ)["_data"]
+    takes_plain, is_set_up_for = plan.takes_plain, plan.runner.is_set_up_for
+    usual = plan.runner.threads
+
+    def prepare(order: child.Order) -> bool:
+        head, body = order
+        if not head["plain"] or not takes_plain:
+            return False
+        if (head["threads"] != usual or head["python"]) and not is_set_up_for(head["threads"], head["python"]):
+            return False
+        attempt = head["attempt"].encode()
+        putenv(_ATTEMPT, attempt)
+        environ[_ATTEMPT] = attempt
+        # Left there when the child is forked: the next one's takes its place, and an idle child forgets it.
+        known["_task"] = body[: head["len"]]
+        return True
+
+    return prepare
 
 
 def life(plan: child.Plan) -> Callable[[int, child.Ends, child.Order], NoReturn]:

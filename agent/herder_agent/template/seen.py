@@ -189,14 +189,8 @@ def leave(well: bool = False) -> None:
     _dependencies = {}
 
 
-def announce(head: memoryview) -> None:
-    """The task of this head, as JSON, is about to begin, in a fork of this process. It has no dependencies."""
-    global _task
-    _task = head
-
-
 def withdraw() -> None:
-    """The task is another process's."""
+    """The task that is known here is another process's."""
     global _task
     _task = None
 

@@ -90,8 +90,17 @@ def _parting_of_modules() -> Callable[[], None]:
             return _nothing
         address = twister_address(sys.modules["numpy.random"])
         if address:
-            return lambda: system.write_memory(address, os.urandom(TWISTER_BYTES))
+            return _overwriting(system.memory_at(address, TWISTER_BYTES).cast("B"))
     return seed_anew
+
+
+def _overwriting(state: memoryview) -> Callable[[], None]:
+    urandom = os.urandom
+
+    def overwrite() -> None:
+        state[:] = urandom(TWISTER_BYTES)
+
+    return overwrite
 
 
 def seed_anew() -> None:

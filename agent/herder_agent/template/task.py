@@ -86,6 +86,11 @@ class Runner:
         """Whether a task can begin here without anything being put right first."""
         return not self.unfit and self.setup_error is None and self._latecomers.seed is None
 
+    @property
+    def threads(self) -> int:
+        """How many threads numerical libraries have here; 0 = not known."""
+        return self._threads
+
     def is_set_up_for(self, threads: int, python: str) -> bool:
         """Whether numerical libraries have so many threads, and code pickled by value under this Python runs here."""
         return threads == self._threads and (not python or python == self.python)

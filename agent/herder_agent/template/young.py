@@ -81,7 +81,7 @@ class Nursery:
 
     def fork(self, orders: list[Order]) -> list[tuple[int, str]]:
         """Fork a child for each. Returns those that cannot be, and why."""
-        births, fork, parent = self._births, os.fork, self._pid
+        way_of, fork, parent = self._births.way_of, os.fork, self._pid
         prepared: list[tuple[Order, _socket.socket, _socket.socket, Pipes]] = []
         refused: list[tuple[int, str]] = []
         for order in orders:
@@ -97,7 +97,7 @@ class Nursery:
         gc.freeze()
         for order, near, far, pipes in prepared:
             head = order[0]
-            live = births.prepare(order)
+            live = way_of(order)
             try:
                 pid = fork()
             except OSError as error:
@@ -108,8 +108,6 @@ class Nursery:
             if pid == 0:
                 live(parent, (far, pipes[1], pipes[3]), order)
             forked.append((head["child"], pid, near, pipes))
-        births.over()
-        del prepared
         young_s = time.monotonic() + YOUNG_S
         for id, pid, near, pipes in forked:  # noqa: A001
             pidfd = os.pidfd_open(pid)
