@@ -102,11 +102,14 @@ class Nursery:
                 pid = fork()
             except OSError as error:
                 near.close()
+                far.close()
                 self._free.append(pipes)
                 refused.append((head["child"], error.strerror or "no processes"))
                 continue
             if pid == 0:
                 live(parent, (far, pipes[1], pipes[3]), order)
+            # The last one who holds it closes it: left to itself it would do so with a warning, 20 pages dear.
+            far.close()
             forked.append((head["child"], pid, near, pipes))
         young_s = time.monotonic() + YOUNG_S
         for id, pid, near, pipes in forked:  # noqa: A001
