@@ -224,7 +224,7 @@ def _fork_with_tasks(state: State, pool: Pool, now_s: float, effects: list[Effec
             child.template, child.id, attempt.start, attempt.job_name, attempt.options, grant(state, attempt)
         )
         effects.append(order)
-        start_running(state, attempt, now_s, effects)
+        start_running(state, attempt, now_s, effects, is_told=False)
 
 
 def _missing(state: State, pool: Pool, now_s: float) -> int:
@@ -385,14 +385,16 @@ def retire(child: Child, effects: list[Effect]) -> None:
     effects.append(StopChild(child.id))
 
 
-def start_running(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
-    """Its child says that the task's code runs from now on; or needs not say so."""
+def start_running(
+    state: State, attempt: Attempt, now_s: float, effects: list[Effect], is_told: bool = True
+) -> None:
+    """Its child says that the task's code runs from now on; or needs not say so. Not `is_told`: its end will be."""
     if attempt.phase is not Phase.SENT:
         return
     attempt.started_s = now_s
     move(state, attempt, Phase.RUNNING)
     _note_start(attempt, effects)
-    if not attempt.dropped:
+    if is_told and not attempt.dropped:
         effects.append(ReportStarted(attempt.id))
 
 

@@ -31,6 +31,7 @@ from herder_agent.core.effects import (
     Effect,
     Observe,
     ReportEnd,
+    ReportStarted,
     ReportWorkload,
     SendSync,
     SignalChild,
@@ -319,6 +320,9 @@ def _child_forked(state: State, event: ChildForked, now_s: float, effects: list[
         child.attempt.pid = event.pid
         if child.pool.method == "command":
             launchers.start_running(state, child.attempt, now_s, effects)
+        elif not child.attempt.dropped:
+            # It came with its task, and takes long enough for somebody to hear of it.
+            effects.append(ReportStarted(child.attempt.id))
     elif child.phase is ChildPhase.FORKING:
         if child.pool.method == "fresh":
             child.phase = ChildPhase.WARMING

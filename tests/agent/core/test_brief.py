@@ -50,7 +50,7 @@ def kinds(effects: Sequence[fx.Effect]) -> list[str]:
 def test_short_task_of_a_crowd_is_sent_to_the_template() -> None:
     machine = crowd()
     number = machine.state.last_child + 1
-    assert leave(machine) == [run(number, 2), fx.ReportStarted(ident(2))]
+    assert leave(machine) == [run(number, 2)]
 
 
 def test_its_end_is_reported_and_the_next_one_is_sent_in_one_step() -> None:
@@ -58,7 +58,7 @@ def test_its_end_is_reported_and_the_next_one_is_sent_in_one_step() -> None:
     leave(machine)
     child = machine.state.last_child
     effects = machine.take(ev.ChildDone(child, 77, replace(SHORT, user_s=0.25), CLEAN))
-    assert effects[1:] == [run(child + 1, 3), fx.ReportStarted(ident(3))]
+    assert effects[1:] == [run(child + 1, 3)]
     (end,) = ended(effects)
     assert (end.attempt, end.outcome, end.result) == (ident(2), Outcome.SUCCEEDED, Payload(b"1", None, 1))
     assert (end.usage.pid, end.usage.start_method, end.usage.cpu_user_s) == (77, "fork", 0.25)
@@ -77,7 +77,7 @@ def test_one_that_takes_longer_is_known_by_its_process_and_can_be_stopped() -> N
     machine = crowd(timeout_s=5.0)
     leave(machine)
     child = machine.state.last_child
-    assert machine.take(ev.ChildForked(child, 78)) == []
+    assert machine.take(ev.ChildForked(child, 78)) == [fx.ReportStarted(ident(2))]
     assert fx.SignalChild(child, 15) in machine.tick(5.0)
     (end,) = ended(machine.take(ev.ChildExited(child, ev.Exit(15))) + machine.take(ev.LeftoversGone()))
     assert (end.outcome, end.usage.pid) == (Outcome.TIMED_OUT, 78)
