@@ -385,9 +385,7 @@ def retire(child: Child, effects: list[Effect]) -> None:
     effects.append(StopChild(child.id))
 
 
-def start_running(
-    state: State, attempt: Attempt, now_s: float, effects: list[Effect], is_told: bool = True
-) -> None:
+def start_running(state: State, attempt: Attempt, now_s: float, effects: list[Effect], is_told: bool = True) -> None:
     """Its child says that the task's code runs from now on; or needs not say so. Not `is_told`: its end will be."""
     if attempt.phase is not Phase.SENT:
         return

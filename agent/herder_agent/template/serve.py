@@ -361,6 +361,8 @@ class Server:
         _, status, usage = os.wait4(made.pid, 0)
         self._forget(made.pidfd)
         del self._children[made.id]
+        if made.near is not None and self._nursery is not None:
+            self._nursery.has_ended(made)
         if made.message:
             self._send({"t": "fork_failed", "child": made.id, "message": made.message, "exec": True})
         else:

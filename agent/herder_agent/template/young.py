@@ -144,12 +144,15 @@ class Nursery:
             os.close(err_end)
         return old
 
+    def has_ended(self, child: Child) -> None:
+        """A young child has been reaped: it grows no older, however long its orphans take to die."""
+        del self.young[child.id]
+
     def sum_up(
         self, child: Child, status: int, usage: resource.struct_rusage, has_left_orphans: bool
     ) -> tuple[bytes, list[int]]:
         """The frame that tells all of a young child which is over; and descriptors that go along."""
         assert child.near is not None
-        self.young.pop(child.id, None)
         answer, passed = self._said(child.near)
         child.near.close()
         out_fd, out_end, err_fd, err_end = child.pipes
