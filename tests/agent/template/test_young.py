@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import NoReturn
 
 from agent.template import driver
-from herder_agent.template.young import YOUNG_S
+from herder_agent.template.young import Nursery
 
 
 def test_task_that_takes_longer_is_introduced_and_answers_itself(bare: driver.Template) -> None:
@@ -64,37 +66,28 @@ def test_orphans_are_gone_when_the_end_is_told(bare: driver.Template) -> None:
     assert not os.path.exists(f"/proc/{orphan}")
 
 
-def test_one_that_has_ended_grows_no_older_while_its_orphans_die(bare: driver.Template) -> None:
-    def leave_many_when_the_template_is_held_up() -> list[int]:
-        os.kill(os.getppid(), signal.SIGSTOP)
-        left = []
-        for _ in range(40):
-            left.append(os.fork())
-            if left[-1] == 0:
-                os.setsid()
-                time.sleep(60)
-                os._exit(0)
-        return left
+class Births:
+    """Children that end at once."""
 
-    number = bare.hand(leave_many_when_the_template_is_held_up)
-    while not (ended := zombies_of(bare.process.pid)):
-        os.sched_yield()
-    old_s = time.monotonic() + 2 * YOUNG_S
-    while time.monotonic() < old_s:
-        os.sched_yield()
-    bare.process.send_signal(signal.SIGCONT)
-    done = bare.done(number)
-    assert ended == [done.pid]
-    assert [pid for pid in done.value if os.path.exists(f"/proc/{pid}")] == []
+    def way_of(self, _order: object) -> Callable[..., NoReturn]:
+        return lambda *_: os._exit(0)
 
 
-def zombies_of(parent: int) -> list[int]:
-    """Children that have ended and are not reaped."""
-    found = []
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            found.append(int(child))
-    return found
+def test_one_that_has_ended_grows_no_older_while_its_orphans_die() -> None:
+    with select.epoll() as poll:
+        nursery = Nursery(Births(), poll, {}, {})  # type: ignore[arg-type]
+        assert nursery.fork([({"child": number, "cpus": None}, memoryview(b"")) for number in (1, 2)]) == []
+        ended, other = nursery.young.values()
+        for child in (ended, other):
+            os.waitpid(child.pid, 0)
+            os.close(child.pidfd)
+        nursery.has_ended(ended)
+        ended.young_s = other.young_s = 0.0
+        assert nursery.release() == [other]
+        assert ended.near is not None
+        ended.near.close()
+        for fd in (*ended.pipes, *other.fds):
+            os.close(fd)
 
 
 def test_more_output_than_a_pipe_holds_waits_for_the_agent(bare: driver.Template) -> None:
