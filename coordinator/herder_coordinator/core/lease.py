@@ -35,6 +35,12 @@ JUDGE_RESTART_S = 10.0
 EXCUSED_S = limits.HANDSHAKE_TIMEOUT_S + limits.BACKOFF_S_MAX
 
 
+def judge_restart_s(state: State) -> float:
+    """How long a new life waits before it says that no node could ever run a task. An agent on which nothing runs is
+    not in the journal, and hangs for a lease on a coordinator that was stopped, and from which this one took over."""
+    return max(JUDGE_RESTART_S, state.periods.lease_s + limits.BACKOFF_S_MAX)
+
+
 def task_backoff_s(base_s: float, failures: int) -> float:
     """The wait before the attempt that follows failure number `failures` (from 1): doubles each time, capped."""
     if base_s <= 0:

@@ -148,7 +148,7 @@ def finish_replay(state: State, now_s: float) -> list[Effect]:
     state.delayed = [(due_s + now_s, ticket, task) for due_s, ticket, task in state.delayed if task.delay == ticket]
     clients.set_grace(state)
     state.unswept = True
-    if state.jobs:
-        state.judge_s = now_s + lease.JUDGE_RESTART_S
+    if state.jobs or state.epoch > 1:
+        state.judge_s = now_s + lease.judge_restart_s(state)
     lease.reset_alarm(state)
     return []

@@ -6,6 +6,7 @@ import pytest
 
 from herder_coordinator.core import lease
 from herder_coordinator.core.lease import loss_backoff_s, task_backoff_s
+from herder_shared.states import Cause
 from support.core_lab import Lab
 
 
@@ -45,3 +46,16 @@ def test_after_a_restart_agents_have_two_leases_to_be_back() -> None:
     assert lease.restart_grace_s(lab.state) == 60.0
     lab.state.periods.lease_s = 100.0
     assert lease.restart_grace_s(lab.state) == 200.0
+
+
+def test_a_new_life_calls_nothing_impossible_until_every_agent_can_have_left_the_old_one() -> None:
+    lab = Lab()
+    lab.restart()
+    lab.client()
+    lab.open(nodes=("even",))
+    lab.submit(1)
+    lab.node("odd")
+    lab.pass_time(lab.state.periods.lease_s)
+    assert not lab.outcomes()
+    lab.pass_time(10.0)
+    assert lab.failure().cause is Cause.UNSCHEDULABLE
