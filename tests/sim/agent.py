@@ -561,6 +561,11 @@ class Agent:
         """Its machine is gone for good, and nobody says so."""
         self.kill(1e9, tells=False)
 
+    def close(self) -> None:
+        """The history is over: let go of what is real, which are the files of uploads."""
+        if self.life is not None:
+            self.life.connection.close()
+
     def stop(self, seconds: float) -> None:
         """SIGSTOP."""
         if self.life is not None:

@@ -237,6 +237,18 @@ class Simulation:
         life.program.enter(core.raise_event, DrainRequested(NodeName(node), on))
 
     def run(self) -> History:
+        """To its end.
+
+        Raises:
+            Violation: a promise was broken.
+        """
+        try:
+            return self._run()
+        finally:
+            for agent in self.agents:
+                agent.close()
+
+    def _run(self) -> History:
         world = self.world
         world.run(world.now_s + CHAOS_S)
         self.faults.end()
