@@ -106,9 +106,9 @@ def test_a_second_address_is_tried_when_the_first_is_away(run: Run, authority: A
 def test_heartbeats_keep_a_quiet_link_alive_beyond_its_lease(run: Run, authority: Authority) -> None:
     async def scenario() -> None:
         async with serving(authority) as (server, address):
-            server.welcome = Welcome(CLUSTER, epoch=1, session=1, heartbeat_s=0.05, lease_s=0.3)
+            server.welcome = Welcome(CLUSTER, epoch=1, session=1, heartbeat_s=0.05, lease_s=1.0)
             async with running(Client(authority.identity("client", "me"), address)) as client:
-                await client.observer.until(lambda: HeartbeatAck(10) in client.observer.messages)
+                await client.observer.until(lambda: HeartbeatAck(22) in client.observer.messages)
                 assert client.observer.ends == []
 
     run(scenario())
