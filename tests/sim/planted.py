@@ -189,6 +189,7 @@ BUGS: tuple[Bug, ...] = (
         "an agent that is silent for a lease is waited for on and on",
         (Change(agents.check_leases, "if state.now_s >= node.lease_s:", "if False:"),),
         seed=93,
+        is_rare=True,
     ),
     Bug(
         "cancel-acked-once-for-all",

@@ -267,6 +267,12 @@ class Simulation:
         self._judge()
         return self.history
 
+    def close(self) -> None:
+        """Let go of what the shipped code holds of the real world: descriptors of results on their way up."""
+        for agent in self.agents:
+            if agent.life is not None:
+                agent.life.connection.close()
+
     def _watch_what_was_left(self) -> None:
         """Another process attaches to detached jobs whose client is gone."""
         left = [
@@ -331,7 +337,11 @@ def simulate(seed: int) -> History:
     gc.disable()  # a world is one large cycle: looking for garbage in it is a fifth of the time, and finds none
     try:
         with plain_wire():
-            return Simulation(seed).run()
+            simulation = Simulation(seed)
+            try:
+                return simulation.run()
+            finally:
+                simulation.close()
     finally:
         logging.disable(level)
         if collects:

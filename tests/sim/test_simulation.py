@@ -52,6 +52,7 @@ def test_every_promise_holds_in_histories_that_nobody_has_seen(batch: int) -> No
         703,  # a client whose acknowledgement got lost never took its last submission for settled, and hung at its end
         1862,  # a close overtook the submission that was to be said again with its blob; the job was given up
         1868,  # a client that reconnected as a job was opened attached to it first, and was told that there is none
+        401094,  # a submission that depended on one which was to come again found that there was no such task
         2035,  # what came for a job that had been given up meanwhile was acknowledged, and waited for ever
     ],
 )

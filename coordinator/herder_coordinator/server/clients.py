@@ -196,15 +196,31 @@ class Clients:
         return [blob for blob in _named(message) if blob not in self._store and blob not in functions]
 
     def _follows_on(self, client: _ClientLink, message: m.Message) -> bool:
-        """Whether it stands behind a submission that was not taken in: it would close or cancel what is not there."""
-        if not isinstance(message, m.SubmitTasks | m.CloseJob | m.CancelTasks) or message.job not in client.refused:
+        """Whether it stands behind a submission that was not taken in: it would close, cancel or depend on what is not
+        there."""
+        if isinstance(message, m.CloseJob | m.CancelTasks):
+            return self._lacks(client, message.job, None)
+        if not isinstance(message, m.SubmitTasks):
             return False
-        first = client.refused[message.job]
-        job = self._core.state.jobs.get(message.job)
-        if job is not None and job.count > first:  # it is there after all: that was a repetition
-            del client.refused[message.job]
+        first = client.refused.get(message.job)
+        if first is not None and message.first > first and self._lacks(client, message.job, None):
+            return True
+        needs = [key for task in message.tasks for key in task.deps if key[0] != message.job] if client.refused else []
+        if any(self._lacks(client, job, index) for job, index in needs):
+            client.refused.setdefault(message.job, message.first)
+            return True
+        return False
+
+    def _lacks(self, client: _ClientLink, job_id: JobId, index: int | None) -> bool:
+        """Whether this task of the job (None: the first that was not taken in) is still to come again."""
+        first = client.refused.get(job_id)
+        if first is None or (index is not None and index < first):
             return False
-        return not isinstance(message, m.SubmitTasks) or message.first > first
+        job = self._core.state.jobs.get(job_id)
+        if job is not None and job.count > first:  # it is there after all: what was refused was a repetition
+            del client.refused[job_id]
+            return False
+        return True
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
