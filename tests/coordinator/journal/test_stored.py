@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,16 @@ class Kind:
 
     def open(self, cluster: ClusterId = CLUSTER, *, repair: bool = False) -> StoredJournal:
         if self.url:
-            journal = postgres.open_journal(self.url, self.folder, cluster, repair=repair)
+            # The server lets go of a closed connection's lock when it hears of it, and that may take a moment.
+            deadline_s = time.monotonic() + 20.0
+            while True:
+                try:
+                    journal = postgres.open_journal(self.url, self.folder, cluster, repair=repair)
+                    break
+                except JournalLocked:
+                    if not repair or time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(0.05)
         else:
             journal = sqlite.open_journal(self.folder, cluster, repair=repair)
         self._opened.append(journal)
