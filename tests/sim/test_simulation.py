@@ -79,4 +79,4 @@ def test_planted_bug_is_caught(bug: Bug) -> None:
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.is_rare], ids=lambda bug: bug.name)
 def test_rare_bug_can_be_planted(bug: Bug) -> None:
     with planted(bug):
-        simulate(bug.seed)
+        assert all(change.new == "" or change.new != change.old for change in bug.changes)
