@@ -23,7 +23,7 @@ from herder_agent.runtime.relays import Relays
 from herder_shared.errors import DataLost, HerderError
 from herder_shared.ids import AttemptId, BlobId, Incarnation, NodeName, WorkloadKey, blob_id
 from herder_shared.limits import PROTOCOL_VERSION
-from herder_shared.states import Cause
+from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import (
     AttemptEnd,
     AttemptStart,
@@ -254,6 +254,8 @@ class Life:
 
     def _report_end(self, effect: fx.ReportEnd) -> None:
         self._ends.append(effect.end)
+        if effect.end.outcome is not Outcome.LOST:
+            self.agent.history.ended.add(effect.end.attempt)
         self._report_soon()
 
     def _report_workload(self, effect: fx.ReportWorkload) -> None:
