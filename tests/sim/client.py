@@ -176,7 +176,7 @@ class Client:
             priority=random.choice([0, 0, 1]),
             nodes=random.choice([(), (), ("even",)]) if faults.labels else (),
             timeout_s=faults.task_s * 20 + 1 if faults.overruns else None,
-            max_crashes=random.choice([3, 3, 0, 100]),
+            max_crashes=random.choice([3, 3, 0, 8]),
         )
         kind = random.randint(0, 2)
         workload = WorkloadSpec(
