@@ -133,13 +133,9 @@ def test_a_function_of_ours_is_no_code_by_value() -> None:
 # --- Dask's own classes ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def spec() -> Any:
-    """Where Dask is missing the test is left out before it has a view."""
-    return pytest.importorskip("dask._task_spec")
+def test_graphs_of_newer_dask(view: AtOnce) -> None:
+    from dask import _task_spec as spec
 
-
-def test_graphs_of_newer_dask(spec: Any, view: AtOnce) -> None:
     dsk = {
         "a": spec.DataNode("a", 1),
         "b": spec.Task("b", add, spec.TaskRef("a"), 2),

@@ -88,7 +88,8 @@ def test_a_cancelled_dependency_cancels_all_that_need_it(client: herder.Client) 
 
 
 def test_dask_collections_compute_on_a_cluster(client: herder.Client) -> None:
-    dask = pytest.importorskip("dask")
+    import dask
+
     import herder.integrations.dask as on_herder
 
     def inc(number: int) -> int:
