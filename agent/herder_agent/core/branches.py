@@ -8,7 +8,9 @@ must have no setup, as its value is not this workload's, and must leave no step 
 template, a fork of the first; each child is asked of the one that has the fewest. The rule: `IN_WANT` attempts or more
 have waited through as many forks as there are slots, and `FORKS` at least. Each of them holds a slot, so that many
 cores were without work all the while; and a burst's beginning, which one fork for each slot satisfies, is over by then.
-Short tasks that are forked with their children (`launchers`) count too: what they take is forking for the most part.
+Short tasks that are forked with their children (`launchers`) count too, and for them there are more templates, one for
+`BRIEF_CORES_EACH` cores and two at least: what such a task takes is its template's fork for the most part, and two of
+them fork a third more on two cores than one does, as each stays with its children in the caches of its own.
 One template for `CORES_EACH` cores at most: fewer cores cannot end tasks faster than one forks.
 
 **Life.** A branch dies with its parent. So a template is not given up as idle, nor stopped when it retires, while it
@@ -25,6 +27,8 @@ from herder_agent.core.effects import BranchTemplate, Effect, ForkChildren, Repo
 from herder_agent.core.state import Pool, State, Template, TemplateState, Workload
 
 CORES_EACH = 8
+#: ... of short tasks that come with their fork, where each core can use up most of what a template forks.
+BRIEF_CORES_EACH = 4
 IN_WANT = 8
 FORKS = 64
 
@@ -96,13 +100,14 @@ def note_brief(pool: Pool) -> None:
     pool.in_want += 1
 
 
-def look_for_want(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> None:
+def look_for_want(state: State, pool: Pool, now_s: float, effects: list[Effect], is_brief: bool = False) -> None:
     """Add a replica where the templates there are do not suffice."""
     workload, cores = pool.workload, state.slots.total.cores
+    most = min(cores, max(2, ceil(cores / BRIEF_CORES_EACH))) if is_brief else ceil(cores / CORES_EACH)
     if pool.in_want < max(FORKS, cores):
         return
     pool.in_want = 0
-    if len(workload.templates) >= ceil(cores / CORES_EACH) or workload.has_no_replicas:
+    if len(workload.templates) >= most or workload.has_no_replicas:
         return
     if workload.template is None or any(each.state is not TemplateState.READY for each in workload.templates):
         return

@@ -209,7 +209,7 @@ def _is_crowd(state: State) -> bool:
 
 def _fork_with_tasks(state: State, pool: Pool, now_s: float, effects: list[Effect]) -> None:
     """Have children forked that have their tasks from the start. What needs more than that keeps waiting."""
-    branches.look_for_want(state, pool, now_s, effects)
+    branches.look_for_want(state, pool, now_s, effects, is_brief=True)
     ready = [each for each in pool.workload.templates if each.state is TemplateState.READY]
     if not ready or now_s < pool.retry_s:
         return

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from agent.core.test_step import CLEAN, KEY, ONE, SPEC, Machine, ended, ident, order
 from herder_agent.core import effects as fx
 from herder_agent.core import events as ev
+from herder_agent.core.branches import FORKS
 from herder_agent.core.launchers import BRIEF_S
 from herder_shared.ids import BlobId
 from herder_shared.states import Outcome
@@ -138,3 +139,27 @@ def test_few_tasks_find_children_ready() -> None:
     machine.take(ev.ChildAnswered(1, SHORT))
     leave(machine)
     assert kinds(machine.order(2)) == ["SendTask"]
+
+
+def test_a_crowd_of_them_soon_has_two_templates_to_fork_them() -> None:
+    machine = Machine(cores=2)
+    machine.order(*range(1, 200))
+    forks = machine.ready()
+    assert isinstance(forks[0], fx.ForkChildren)
+    machine.forked(*forks[0].children[:2])
+    for child in forks[0].children[2:]:
+        machine.take(ev.ChildForkFailed(child, "as a test says"))
+    machine.now_s += 10.0
+    for child in forks[0].children[:2]:
+        machine.take(ev.ChildAnswered(child, SHORT))
+        machine.take(ev.ChildExited(child, CLEAN))
+    running = [effect for effect in machine.take(ev.LeftoversGone()) if isinstance(effect, fx.RunTask)]
+    seen: list[str] = []
+    for _ in range(FORKS):
+        effects = machine.take(ev.ChildDone(running.pop(0).child, 77, SHORT, CLEAN))
+        running += [effect for effect in effects if isinstance(effect, fx.RunTask)]
+        seen += kinds(effects)
+    assert seen.count("BranchTemplate") == 1
+    machine.ready(template=2)
+    effects = machine.take(ev.ChildDone(running.pop(0).child, 77, SHORT, CLEAN))
+    assert [effect.template for effect in effects if isinstance(effect, fx.RunTask)] == [2], "it has fewest children"
