@@ -88,17 +88,17 @@ def test_a_cancelled_dependency_cancels_all_that_need_it(client: herder.Client) 
 
 
 def test_dask_collections_compute_on_a_cluster(client: herder.Client) -> None:
-    import dask
+    from dask.delayed import delayed
 
     import herder.integrations.dask as on_herder
 
     def inc(number: int) -> int:
         return number + 1
 
-    total = dask.delayed(sum)([dask.delayed(inc)(number) for number in range(5)])
+    total = delayed(sum)([delayed(inc)(number) for number in range(5)])
     assert total.compute(scheduler=on_herder.get, client=client) == 15
     with pytest.raises(ZeroDivisionError):
-        dask.delayed(inc)(dask.delayed(divmod)(1, 0)).compute(scheduler=on_herder.get, client=client)
+        delayed(inc)(delayed(divmod)(1, 0)).compute(scheduler=on_herder.get, client=client)
 
 
 # --- failed tasks, once more ------------------------------------------------------------------------------------------
