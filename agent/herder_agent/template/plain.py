@@ -176,6 +176,7 @@ def _answer(  # noqa: PLR0917
             return 0
         if usage is not None:
             used = task.Usage.since(*usage).stop()
+            runner.be_young()
             runner.judge(used)
         if error is None or what == "value":
             error = _give(runner, channel, value, used or {})

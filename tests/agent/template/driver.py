@@ -146,6 +146,7 @@ class Child:
     def over(self, exited: Head) -> Done:
         """All of it, when it has ended."""
         done = Done({**exited, "answer": 0, "out": 0, "err": 0}, b"", [])
+        done.was_introduced = True
         with suppress(EOFError):
             done.answer, done.value = self.answer()
         done.out, done.err = self.output()
@@ -180,6 +181,7 @@ class Done:
         self.status: int = head["status"]
         middle = head["answer"] + head["out"]
         self.out, self.err = body[head["answer"] : middle].decode(), body[middle:].decode()
+        self.was_introduced = False
         self.answer: Head | None
         self.value: Any
         self.answer, self.value = value_in(body[: head["answer"]], files) if head["answer"] else (None, None)

@@ -64,6 +64,21 @@ def test_processor_time_and_faults_are_the_tasks_own(run: Callable[..., driver.D
     assert answer["peak"] < 1 << 24, "its own memory, and not what it shares with its template"
 
 
+def test_memory_that_a_task_has_when_it_ends_is_told(template: driver.Template) -> None:
+    def work() -> None:
+        import time
+
+        globals()["kept"] = b"x" * (30 << 20)
+        time.sleep(2 * UNSAMPLED_S)
+
+    for plain in (True, False):
+        number = template.hand(work, plain=plain)
+        done = template.done(number)
+        assert done.answer is not None
+        # Of one that has grown old, on a slow machine, the agent looks itself.
+        assert done.was_introduced or 30 << 20 <= done.answer["peak"] < 40 << 20
+
+
 def test_exception_is_answered_as_itself(run: Callable[..., driver.Done]) -> None:
     def work() -> None:
         raise KeyError("missing")
