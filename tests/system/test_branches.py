@@ -80,16 +80,14 @@ def test_a_template_that_cannot_feed_the_cores_gets_replicas(tmp_path: Path, mon
 
 def test_a_workload_that_preloads_more_is_forked_from_one_that_has_a_part_of_it(client: herder.Client) -> None:
     names = [["numpy"], ["numpy", "numpy.testing"]]
-    pids, starts_s = [], []
+    pids = []
     for preload in names:
         name = f"tree-{len(preload)}"
         workload = herder.Workload(name, preload=preload, env={"WHOSE": "tree"})
         pids.append(client.options(workload=workload).submit(lineage, 1).result(WAIT_S)[1])
         (info,) = templates_of(client, name)
         assert info.pid == pids[-1]
-        starts_s.append(info.start_s)
     assert parent_of(pids[1]) == pids[0]
-    assert starts_s[1] < starts_s[0]
     steps = next(iter(found(client, "tree-2").reports.values())).steps
     assert [step.step for step in steps] == ["start", "import numpy", "import numpy.testing", "canary", "seal"]
 
