@@ -13,7 +13,7 @@ import cloudpickle
 import pytest
 
 import herder
-from herder_agent.core.branches import CORES_EACH
+from herder_agent.core.branches import BRIEF_CORES_EACH
 from herder_shared.wire.messages import TemplateInfo, WorkloadInfo
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -68,7 +68,7 @@ def test_a_template_that_cannot_feed_the_cores_gets_replicas(tmp_path: Path, mon
     with herder.LocalCluster(cores=32) as cluster, cluster.client() as client:
         parents = burst(client, "burst", 1000)
         infos = templates_of(client, "burst")
-        assert 2 <= len(infos) <= 32 // CORES_EACH
+        assert 2 <= len(infos) <= 32 // BRIEF_CORES_EACH
         assert len(parents) >= 2
         assert parents <= {info.pid for info in infos}
         assert all(info.replica for info in infos)
