@@ -16,6 +16,8 @@ from herder_shared.limits import KILL_GRACE_S
 from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import AttemptEnd, AttemptStart, Failure, JobBrief, Logs, Payload, Usage
 
+#: Who has less is not what the kernel kills for want of memory, unless there is hardly any left on the node.
+VICTIM_BYTES_MIN = 16 << 20
 #: An attempt whose child has answered and does not exit is killed after this: flushing and joining threads take less.
 EXIT_GRACE_S = 10.0
 
@@ -234,7 +236,7 @@ def conclude(attempt: Attempt) -> tuple[Outcome, Failure | None]:
         return Outcome.LOST, Failure(Cause.TEMPLATE_LOST, message)
     if attempt.exit.limit_hit and attempt.exit.status != 0:
         return Outcome.OUT_OF_MEMORY, _over_limit(attempt)
-    return _by_exit(attempt, attempt.exit.status, attempt.exit.oom_seen)
+    return _by_exit(attempt, attempt.exit)
 
 
 def _ended_by_us(attempt: Attempt) -> Failure:
@@ -268,13 +270,15 @@ def _hung(attempt: Attempt) -> Failure:
     return Failure(Cause.DEADLOCK, message + cure, signal=signal.SIGKILL, stderr_tail=attempt.stderr_tail)
 
 
-def _by_exit(attempt: Attempt, status: int, oom_seen: bool) -> tuple[Outcome, Failure | None]:
+def _by_exit(attempt: Attempt, exit_: Exit) -> tuple[Outcome, Failure | None]:
+    status = exit_.status
     number = status & 0x7F
     code = status >> 8 & 0xFF
     if attempt.is_command and (not attempt.check or (number == 0 and code == 0)):
         return Outcome.SUCCEEDED, None
     tail = attempt.stderr_tail
-    if number == signal.SIGKILL and oom_seen:
+    # The kernel may have killed others for the limits of their own groups: of such a kill this one was no victim.
+    if number == signal.SIGKILL and exit_.oom_seen and (exit_.memory_is_low or attempt.peak_bytes >= VICTIM_BYTES_MIN):
         limit = attempt.options.memory_bytes or None
         message = (
             f"killed by the kernel: the node has no memory left (at least {attempt.peak_bytes} bytes were its own)"

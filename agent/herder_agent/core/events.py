@@ -42,7 +42,7 @@ class Exit(msgspec.Struct, frozen=True):
     system_s: float = 0.0
     minor_faults: int = 0
     major_faults: int = 0
-    #: The kernel's out-of-memory killer was seen to act while it ran.
+    #: The kernel's out-of-memory killer was seen to act while it ran, anywhere on the machine.
     oom_seen: bool = False
     peak_bytes: int = 0
     read_bytes: int = 0
@@ -50,6 +50,8 @@ class Exit(msgspec.Struct, frozen=True):
     #: As in `Answer`.
     memory_source: str = ""
     limit_hit: bool = False
+    #: ... and little memory is left there.
+    memory_is_low: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from herder_shared.errors import ConfigError
 from herder_shared.limits import MIB
 from herder_shared.wire.messages import WorkloadSpec
 
+#: Below this share of it memory is low.
+_LOW_SHARE = 0.1
 #: What a template's environment takes from the agent's. Everything else stays with the agent.
 _ALLOWED = frozenset(
     [
@@ -184,6 +186,12 @@ def disk_trouble(folder: Path) -> str:
     if free_bytes < min(DISK_FREE_BYTES_MIN, disk.f_blocks * disk.f_frsize // 20):
         return f"its disk is full: {free_bytes // MIB} MiB are free at {folder}"
     return ""
+
+
+def is_memory_low() -> bool:
+    """Whether hardly any of the machine's memory could be had."""
+    fields = _meminfo()
+    return fields.get("MemAvailable", 0) < _LOW_SHARE * fields.get("MemTotal", 0)
 
 
 def memory_used_bytes() -> int:

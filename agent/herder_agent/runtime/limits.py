@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from herder_agent.core import events
 from herder_agent.core.events import Answer, Exit
 from herder_agent.core.state import PIDS
 from herder_agent.launch.child import Child
 from herder_agent.runtime.cgroups import Group, Groups
+from herder_agent.runtime.host import is_memory_low
 from herder_agent.runtime.memory import MemoryWatch
 
 #: `ru_inblock` and `ru_oublock` count in these, whatever the device has.
@@ -87,7 +90,7 @@ class Limits:
         group = self._group(number)
         if group is None or not self._watch.is_watched(number):
             if was_killed and self._watch.oom_since(number):
-                exit_ = _with_oom(exit_)
+                exit_ = msgspec.structs.replace(exit_, oom_seen=True, memory_is_low=is_memory_low())
             self.leave(number)
             return exit_
         account = group.account()
@@ -105,6 +108,7 @@ class Limits:
             max(exit_.write_bytes, account.write_bytes),
             "cgroup" if group.holds_memory else "",
             account.oom_kills > 0,
+            oom_seen and is_memory_low(),
         )
         self.leave(number)
         return done
@@ -131,17 +135,3 @@ class Limits:
     def _group(self, number: int) -> Group | None:
         entered = self._entered.get(number)
         return entered[-1] if entered else None
-
-
-def _with_oom(exit_: Exit) -> Exit:
-    return Exit(
-        exit_.status,
-        exit_.user_s,
-        exit_.system_s,
-        exit_.minor_faults,
-        exit_.major_faults,
-        True,
-        exit_.peak_bytes,
-        exit_.read_bytes,
-        exit_.write_bytes,
-    )

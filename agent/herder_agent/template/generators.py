@@ -168,8 +168,10 @@ def _named(value: Any, makers: dict[type, Maker], known: set[int], tracked: list
     for key, variables in modules:
         if all(id(thing) in seen for thing in tracked):
             break
-        own = [each for kind in variables.values() if isinstance(kind, type) for each in vars(kind).values()]
-        name(f"{key}:", _below([*variables.values(), *own], barriers, VISITS_PER_MODULE_MAX))
+        there = list(variables.values())
+        # Listed first: looking at a class may bring one of its enumerations' or lazy modules' attributes into being.
+        own = [each for kind in there if isinstance(kind, type) for each in list(vars(kind).values())]
+        name(f"{key}:", _below([*there, *own], barriers, VISITS_PER_MODULE_MAX))
     name("?", tracked)
     return named
 

@@ -59,6 +59,9 @@ FORMAT = 1
 #: Of the advisory lock: "HERD", and what it is for.
 _LOCK = (0x48455244, 1)
 #: In parts of a lease: how far apart beats are at most; after how long without one the holder is given up; how often a
+#: The session of a coordinator that has just ended lets go of its lock within this.
+LET_GO_S = 1.0
+_LET_GO_LOOK_S = 0.05
 #: standby looks, and that in seconds at most.
 _BEATS_PER_LEASE = 10
 _SILENT_LEASES = 2 / 3
@@ -316,6 +319,7 @@ class _Candidate:
         """A connection whose session has the lock."""
         connection: psycopg.Connection[Any] | None = None
         was_reached = False
+        began_s = time.monotonic()
         try:
             while True:
                 try:
@@ -333,7 +337,10 @@ class _Candidate:
                         raise _journal_error(error, "the database of the journal cannot be used") from error
                     reason = f"the database does not answer: {_text(error)}"
                 if self._stand_by is None:
-                    raise JournalLocked(f"another coordinator holds the journal: {reason}")
+                    if time.monotonic() - began_s >= LET_GO_S:
+                        raise JournalLocked(f"another coordinator holds the journal: {reason}")
+                    time.sleep(_LET_GO_LOOK_S)
+                    continue
                 if not self._stand_by(reason, self._look_s):
                     raise StandbyEnded
         except BaseException:

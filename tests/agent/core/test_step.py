@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from herder_agent.core import effects as fx
 from herder_agent.core import events as ev
+from herder_agent.core.attempts import VICTIM_BYTES_MIN
 from herder_agent.core.launchers import (
     FORK_BATCH,
     FORK_RESERVE,
@@ -279,11 +280,20 @@ def test_exit_without_an_answer_is_a_crash() -> None:
     assert (end.failure.cause, end.failure.signal) == (Cause.SIGNAL, signal.SIGSEGV)
 
 
-def test_sigkill_while_the_kernel_ran_out_of_memory_is_out_of_memory() -> None:
+@pytest.mark.parametrize(
+    ("exit_", "outcome"),
+    [
+        (ev.Exit(signal.SIGKILL, oom_seen=True, memory_is_low=True), Outcome.OUT_OF_MEMORY),
+        (ev.Exit(signal.SIGKILL, oom_seen=True, peak_bytes=VICTIM_BYTES_MIN), Outcome.OUT_OF_MEMORY),
+        (ev.Exit(signal.SIGKILL, oom_seen=True), Outcome.CRASHED),
+        (ev.Exit(signal.SIGKILL, memory_is_low=True), Outcome.CRASHED),
+    ],
+)
+def test_sigkill_while_the_kernel_killed_for_memory_is_that_where_it_can_be(exit_: ev.Exit, outcome: Outcome) -> None:
     machine = Machine().serving()
-    machine.take(ev.ChildExited(1, ev.Exit(signal.SIGKILL, oom_seen=True)))
+    machine.take(ev.ChildExited(1, exit_))
     (end,) = ended(machine.take(ev.LeftoversGone()))
-    assert end.outcome is Outcome.OUT_OF_MEMORY
+    assert end.outcome is outcome
 
 
 def test_killed_for_its_own_limit_is_out_of_memory_with_peak_and_limit() -> None:
