@@ -239,9 +239,12 @@ def _bound_workloads(state: State) -> None:
             del state.workloads[key]
 
 
-def demote(state: State, key: WorkloadKey, reason: str) -> None:
-    """The workload is not forked any more. Forgotten with the workload, when no job of it is left."""
+def demote(state: State, key: WorkloadKey, reason: str, spec: WorkloadSpec | None = None) -> None:
+    """The workload is not forked any more. Forgotten with the workload, some time after the last job that had it.
+    `spec`: it is kept, though no job has it."""
     kept = state.workloads.get(key)
+    if kept is None and spec is not None:
+        kept = state.workloads[key] = KeptWorkload(spec)
     if kept is not None:
         kept.demoted = reason
         kept.evidence.clear()

@@ -13,7 +13,16 @@ import msgspec
 
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause
-from herder_shared.wire.messages import Function, JobInfo, JobSpec, PastAttempt, Payload, TaskEnd, TaskItem
+from herder_shared.wire.messages import (
+    Function,
+    JobInfo,
+    JobSpec,
+    PastAttempt,
+    Payload,
+    TaskEnd,
+    TaskItem,
+    WorkloadSpec,
+)
 
 
 class _Record(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -162,6 +171,8 @@ class WorkloadDemoted(_Record, frozen=True):
 
     workload: WorkloadKey
     reason: str
+    #: In a snapshot: no job that is known has it.
+    spec: WorkloadSpec | None = None
 
 
 class JobRestored(_Record, frozen=True):

@@ -59,7 +59,7 @@ def replay(state: State, record: records.Record) -> None:
         case records.DrainSet():
             apply.set_drain(state, record.node, record.on)
         case records.WorkloadDemoted():
-            apply.demote(state, record.workload, record.reason)
+            apply.demote(state, record.workload, record.reason, record.spec)
         case _:
             _apply_restored(state, record)
 

@@ -34,7 +34,11 @@ def snapshot(state: State, *, goes_on: bool = False) -> list[Record]:
     for key, value in _values(state).items():
         out.append(records.DependencyKept(key[0], key[1], value))
     out += [records.DrainSet(name, on=True) for name in state.drained]
-    out += [records.WorkloadDemoted(key, kept.demoted) for key, kept in state.workloads.items() if kept.demoted]
+    out += [
+        records.WorkloadDemoted(key, kept.demoted, None if kept.jobs else kept.spec)
+        for key, kept in state.workloads.items()
+        if kept.demoted
+    ]
     for job in state.jobs.values():
         if job.paused or job.priority != job.spec.options.priority:
             out.append(records.JobChanged(job.id, job.paused, job.priority))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from herder_coordinator.core import events, records
+from herder_coordinator.core.apply import demote
 from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import new_state
 from herder_coordinator.core.step import finish_replay, replay_record
@@ -115,3 +116,17 @@ def test_ended_tasks_cost_a_byte_each() -> None:
     (restored,) = [each for each in snapshot(lab.state) if isinstance(each, records.TasksRestored)]
     assert restored.tasks == ()
     assert len(restored.outcomes) == 5_000
+
+
+def test_a_verdict_on_a_workload_is_kept_when_no_job_has_it_any_more() -> None:
+    lab = busy_lab()
+    (key,) = lab.state.workloads
+    kept = lab.state.workloads[key]
+    demote(lab.state, key, "two died")
+    kept.jobs = 0
+    again = new_state(CLUSTER, 1)
+    for record in snapshot(lab.state):
+        if isinstance(record, records.WorkloadDemoted):
+            replay_record(again, record)
+    assert again.workloads[key].demoted == "two died"
+    assert again.workloads[key].spec == kept.spec
