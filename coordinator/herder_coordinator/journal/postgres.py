@@ -455,7 +455,8 @@ def _wrapped(what: str) -> Iterator[None]:
 def _journal_error(error: Exception, what: str) -> JournalError:
     if isinstance(error, errors.DiskFull):
         return JournalFull(f"{what}: no space left on its disk")
-    if isinstance(error, errors.AdminShutdown):
+    if isinstance(error, errors.AdminShutdown) or "closed the connection" in str(error):
+        # The word of why may be lost with the connection.
         return JournalError(f"{what}: the database ended the session; perhaps another coordinator has taken over")
     return JournalError(f"{what}: {_text(error)}")
 
