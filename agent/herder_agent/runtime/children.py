@@ -254,15 +254,7 @@ class Children:
         child.drain_output()
         self._remove_scratch(child)
         number = head.status & 0x7F
-        exit_ = Exit(
-            head.status,
-            head.utime,
-            head.stime,
-            head.minflt,
-            head.majflt,
-            read_bytes=head.inblock * BLOCK_BYTES,
-            write_bytes=head.oublock * BLOCK_BYTES,
-        )
+        exit_ = _exit_of(head)
         exit_ = self.limits.exited(child.number, exit_, number == signal.SIGKILL)
         if expected is not None and expected.command is not None:
             self._command_exited(child, expected.command, exit_)
@@ -273,15 +265,7 @@ class Children:
     def done(self, head: control.Done, body: bytes, descriptors: list[int]) -> None:
         """A child that was forked with its task is over, and nothing is left of it."""
         handed = self._handed.pop(head.child, None)
-        exit_ = Exit(
-            head.status,
-            head.utime,
-            head.stime,
-            head.minflt,
-            head.majflt,
-            read_bytes=head.inblock * BLOCK_BYTES,
-            write_bytes=head.oublock * BLOCK_BYTES,
-        )
+        exit_ = _exit_of(head)
         logs: Logs | None = None
         if head.out or head.err:
             middle = head.answer + head.out
@@ -479,6 +463,19 @@ class Children:
                 child.attach()
                 if child.is_watched:
                     self._watchdog.add(child)
+
+
+def _exit_of(head: control.Exited | control.Done) -> Exit:
+    """How a child ended, as its template saw it."""
+    return Exit(
+        head.status,
+        head.utime,
+        head.stime,
+        head.minflt,
+        head.majflt,
+        read_bytes=head.inblock * BLOCK_BYTES,
+        write_bytes=head.oublock * BLOCK_BYTES,
+    )
 
 
 def _account(head: control.Result | control.Error, failure: Failure | None, peak_bytes: int) -> Answer:
