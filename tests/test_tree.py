@@ -48,6 +48,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "client/herder/calls.py": "tests/system/test_executor_semantics.py",
     "client/herder/completed.py": "tests/system/test_executor_semantics.py",
     "client/herder/connection.py": "tests/system/test_executor_semantics.py",
+    "client/herder/conversation.py": "tests/system/test_executor_semantics.py",
     "client/herder/in_task.py": "tests/system/test_executor_semantics.py",
     "client/herder/outcomes.py": "tests/system/test_executor_semantics.py",
     "client/herder/progress.py": "tests/system/test_executor_semantics.py",

@@ -378,7 +378,8 @@ def test_unacknowledged_submissions_are_sent_again(client: herder.Client, coordi
 def test_submit_waits_while_too_much_is_unacknowledged(
     client: herder.Client, coordinator: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("herder.connection.UNACKED_SUBMIT_BYTES_MAX", 1000)
+    for module in ("connection", "conversation"):
+        monkeypatch.setattr(f"herder.{module}.UNACKED_SUBMIT_BYTES_MAX", 1000)
     coordinator.silent = True
     futures: list[concurrent.futures.Future[int]] = []
 
@@ -430,7 +431,7 @@ def test_refused_submission_fails_its_futures_and_later_ones_use_a_new_job(
 def test_submission_that_may_be_tried_again_is(
     client: herder.Client, coordinator: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("herder.connection._SUBMIT_AGAIN_S", 0.05)
+    monkeypatch.setattr("herder.conversation._SUBMIT_AGAIN_S", 0.05)
     coordinator.silent = coordinator.hold = True
     futures = [client.submit(square, i) for i in range(3)]
     job = JobId(futures[0].job_id)
