@@ -119,7 +119,7 @@ class Host:
         """
         assert self._init is None, f"{self.name} is up"
         self.disk.mkdir(parents=True, exist_ok=True)
-        self._init = _start(
+        self._init = start(
             [
                 "nsenter",
                 f"--net=/proc/{self._holder().pid}/ns/net",
@@ -186,7 +186,7 @@ class Host:
 
     def start(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a command on the host; its output is dropped. The caller ends it and waits for it."""
-        return _start(self.entered(argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment())
+        return start(self.entered(argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment())
 
     def entered(self, argv: Sequence[str]) -> list[str]:
         """The command line that runs `argv` inside the host."""
@@ -243,7 +243,7 @@ class Host:
         return self._network
 
     def _hold_network(self) -> None:
-        self._network = _start(["unshare", "--net", "sleep", "infinity"])
+        self._network = start(["unshare", "--net", "sleep", "infinity"])
 
     def _connect(self) -> None:
         pid = self._holder().pid
@@ -255,7 +255,7 @@ class Host:
         self._in_network(["ip", "-batch", "-"], batch)
 
     def _in_network(self, argv: Sequence[str], text: str = "") -> None:
-        _checked(["nsenter", f"--net=/proc/{self._holder().pid}/ns/net", *argv], text)
+        checked(["nsenter", f"--net=/proc/{self._holder().pid}/ns/net", *argv], text)
 
     def _destroy(self) -> None:
         self.power_off()
@@ -304,11 +304,11 @@ class Lab:
     def on_switch(self, argv: Sequence[str], text: str = "") -> None:
         """Run a command in the switch's network namespace."""
         assert self._switch is not None
-        _checked(["nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *argv], text)
+        checked(["nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *argv], text)
 
     def _raise(self) -> None:
         self._write_etc()
-        self._switch = _start(["unshare", "--net", "sleep", "infinity"])
+        self._switch = start(["unshare", "--net", "sleep", "infinity"])
         for host in self.hosts.values():
             host._hold_network()
         own = os.stat("/proc/self/ns/net").st_ino
@@ -370,13 +370,14 @@ def _make_key(path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", path], check=True)
 
 
-def _start(
+def start(
     argv: Sequence[str],
     *,
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.DEVNULL,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
+    """Start what dies with this thread."""
     return subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", *argv], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env
     )
@@ -390,7 +391,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _checked(argv: Sequence[str], text: str) -> None:
+def checked(argv: Sequence[str], text: str) -> None:
+    """Run a command with this input.
+
+    Raises:
+        RuntimeError: its status was not 0; with what it said.
+    """
     done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(argv)}: exit {done.returncode}\n{text}\n{done.stdout}{done.stderr}")
