@@ -34,7 +34,7 @@ from herder_agent.runtime.oracle import Watchdog
 from herder_agent.runtime.reap import anon_bytes
 from herder_shared.errors import RemoteProtocolError
 from herder_shared.ids import BlobId
-from herder_shared.limits import ERROR_TEXT_BYTES_MAX, INLINE_BYTES_MAX, KIB
+from herder_shared.limits import BLOB_BYTES_MAX, ERROR_TEXT_BYTES_MAX, GIB, INLINE_BYTES_MAX, KIB
 from herder_shared.states import Cause
 from herder_shared.wire.messages import CommandSpec, Failure, Logs, Payload, WorkloadSpec
 
@@ -368,6 +368,12 @@ class Children:
         if descriptors:
             fd = descriptors[0]
             size = os.fstat(fd).st_size
+            if size > BLOB_BYTES_MAX:
+                # A child says so itself before it comes to this, if nobody has changed its code.
+                os.close(fd)
+                text = f"the result takes {size / GIB:.1f} GiB; at most {BLOB_BYTES_MAX / GIB:.0f} GiB are allowed"
+                tell(Answer(failure=Failure(Cause.PAYLOAD_TOO_LARGE, text)))
+                return
 
             def store() -> BlobId:
                 try:

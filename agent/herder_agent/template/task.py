@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from . import baseline
 
+#: Larger results are refused (`BLOB_BYTES_MAX`), before a second copy of them is made.
+RESULT_BYTES_MAX = 16 * 1024**3
 #: Results up to this travel in their frame, larger ones in a sealed memfd.
 INLINE_BYTES_MAX = 64 * 1024
 #: A task that took less cannot have touched memory worth a look.
@@ -322,17 +324,11 @@ class Runner:
     def pickle(self, value: Any) -> bytes:
         """A task's value as bytes. Raises Refusal."""
         try:
-            return pickle.dumps(value, 5)
+            content = pickle.dumps(value, 5)
         except Exception:  # noqa: BLE001 - code by value, or nothing that pickles: cloudpickle tells which
-            pass
-        import cloudpickle
-
-        try:
-            content: bytes = cloudpickle.dumps(value, protocol=5)
-        except SystemExit:
-            raise
-        except BaseException as error:
-            raise failures.Refusal("not_serializable", failures.not_serializable(value, error)) from error
+            content = _pickle_by_value(value)
+        if len(content) > RESULT_BYTES_MAX:
+            raise failures.Refusal("payload_too_large", _too_large(len(content)))
         return content
 
     def _send_result(self, channel: wire.Channel, content: bytes, used: dict[str, float]) -> None:
@@ -453,6 +449,25 @@ class Usage:
 
 def _result_frame(content: bytes, used: dict[str, float]) -> bytes:
     return wire.pack_result(content, *[used.get(name, 0) for name in wire.ACCOUNT])
+
+
+def _pickle_by_value(value: Any) -> bytes:
+    import cloudpickle
+
+    try:
+        content: bytes = cloudpickle.dumps(value, protocol=5)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        raise failures.Refusal("not_serializable", failures.not_serializable(value, error)) from error
+    return content
+
+
+def _too_large(size_bytes: int) -> str:
+    return (
+        f"the result takes {size_bytes / 1024**3:.1f} GiB pickled; at most {RESULT_BYTES_MAX / 1024**3:.0f} GiB are "
+        "allowed: write what is that large to a file or a store, and return its name"
+    )
 
 
 def sealed_memfd(content: bytes) -> int:

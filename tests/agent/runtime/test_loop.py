@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from herder_shared.ids import WorkloadKey
-from herder_shared.limits import LOG_HEAD_BYTES, LOG_TAIL_BYTES
+from herder_shared.limits import BLOB_BYTES_MAX, LOG_HEAD_BYTES, LOG_TAIL_BYTES
 from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import CommandSpec, TaskOptions, WorkloadSpec
 from support.agent_peer import AgentProcess, Coordinator, running
@@ -328,3 +328,40 @@ def test_exposition_passes_promtool(coordinator: Coordinator, tmp_path: Path) ->
         pytest.skip("promtool is not installed")
     assert checked.returncode == 0, checked
     assert checked.stdout + checked.stderr == b""
+
+
+def test_result_beyond_the_largest_is_refused_before_it_is_copied(coordinator: Coordinator) -> None:
+    def task() -> bytes:
+        import _herder_template.task as own  # type: ignore[import-not-found]
+
+        assert expected == own.RESULT_BYTES_MAX
+        own.RESULT_BYTES_MAX = 1 << 20
+        own.sealed_memfd = None
+        return bytes(1 << 21)
+
+    expected = BLOB_BYTES_MAX
+    end = coordinator.end_of(coordinator.start(task))
+    assert end.outcome is Outcome.FAILED
+    assert end.failure is not None
+    assert end.failure.cause is Cause.PAYLOAD_TOO_LARGE
+    assert "write what is that large to a file" in end.failure.message
+
+
+def test_memory_file_beyond_the_largest_result_is_not_taken(coordinator: Coordinator) -> None:
+    def task() -> bytes:
+        import _herder_template.task as own
+
+        def sparse(_: bytes) -> int:
+            fd = os.memfd_create("huge")
+            os.truncate(fd, size_bytes)
+            return fd
+
+        own.sealed_memfd = sparse
+        return bytes(1 << 20)
+
+    size_bytes = BLOB_BYTES_MAX + 1
+    end = coordinator.end_of(coordinator.start(task))
+    assert end.outcome is Outcome.FAILED
+    assert end.failure is not None
+    assert end.failure.cause is Cause.PAYLOAD_TOO_LARGE
+    assert coordinator.value_of(coordinator.start(os.getppid)) > 0
