@@ -12,6 +12,7 @@ from enum import Enum
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import full_size
 import pytest
 
 from herder_shared.states import AGENT_TRANSITIONS, TASK_TRANSITIONS
@@ -199,6 +200,7 @@ def test_every_fault_has_its_row_and_names_tests_that_exist() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert set(re.findall(r"`(test_\w+)`", page)) - defined == set()
+    assert set(re.findall(r"`full_size\.py (\w+)`", page)) == set(full_size.CASES)
 
 
 def test_every_command_of_pyproject_can_be_loaded() -> None:
