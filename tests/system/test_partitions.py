@@ -67,7 +67,7 @@ def states(client: herder.Client) -> dict[str, AgentState]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[tuple[StretchedCluster, Cables]]:
+def cluster() -> Iterator[tuple[herder.LocalCluster, Cables]]:
     """A coordinator, and four agents with two cores each, at the ends of four cables."""
     with pytest.MonkeyPatch.context() as patch, Cables(len(NODES)) as cables:
         patch.setenv("HERDER_COORDINATOR_LEASE_S", str(LEASE_S))
@@ -77,13 +77,13 @@ def cluster() -> Iterator[tuple[StretchedCluster, Cables]]:
 
 
 @pytest.fixture
-def client(cluster: tuple[StretchedCluster, Cables]) -> Iterator[herder.Client]:
+def client(cluster: tuple[herder.LocalCluster, Cables]) -> Iterator[herder.Client]:
     with cluster[0].client() as client:
         yield client
 
 
 def test_links_that_fail_for_less_than_the_lease_change_nothing(
-    cluster: tuple[StretchedCluster, Cables], client: herder.Client, tmp_path: Path
+    cluster: tuple[herder.LocalCluster, Cables], client: herder.Client, tmp_path: Path
 ) -> None:
     _, cables = cluster
     futures = [client.options(nodes=node, idempotent=False).submit(hold, str(tmp_path), node) for node in NODES]
@@ -102,7 +102,7 @@ def test_links_that_fail_for_less_than_the_lease_change_nothing(
 
 
 def test_silence_beyond_the_lease_is_noticed_and_every_task_has_one_end(
-    cluster: tuple[StretchedCluster, Cables], client: herder.Client, tmp_path: Path
+    cluster: tuple[herder.LocalCluster, Cables], client: herder.Client, tmp_path: Path
 ) -> None:
     """One node loses its power and three their links: both ways, and one way each. Their tasks end meanwhile."""
     running, cables = cluster
@@ -142,7 +142,7 @@ def test_silence_beyond_the_lease_is_noticed_and_every_task_has_one_end(
 
 
 def test_links_that_flap_throttle_and_lose_packets_cost_no_task_and_double_none(
-    cluster: tuple[StretchedCluster, Cables], client: herder.Client, tmp_path: Path
+    cluster: tuple[herder.LocalCluster, Cables], client: herder.Client, tmp_path: Path
 ) -> None:
     _, cables = cluster
     cables.drop(1, "both", percent=15)
