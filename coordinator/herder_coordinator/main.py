@@ -25,11 +25,13 @@ from typing import Any
 
 import click
 
+from herder_coordinator.core.room import Room
 from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import new_state
 from herder_coordinator.core.step import finish_replay, replay_record
 from herder_coordinator.journal import sqlite
 from herder_coordinator.journal.interface import JournalDamaged, JournalError, JournalFull, JournalLocked, StandBy
+from herder_coordinator.journal.shelf import FileShelf
 from herder_coordinator.journal.stored import StoredJournal
 from herder_coordinator.server.server import Server
 from herder_shared import tls
@@ -143,8 +145,9 @@ def _repair(config: CoordinatorConfig) -> int:
     """Read what can be read, write it anew, say what was dropped; the damaged journal's copy is the user's business."""
     cluster = tls.cluster_of(config.identity)
     journal = _opener(config)(cluster, None, True)
+    shelf = FileShelf(config.state_dir)
     try:
-        state = new_state(cluster, journal.epoch)
+        state = new_state(cluster, journal.epoch, room=Room(shelf))
         try:
             for record in journal.replay():
                 replay_record(state, record)
@@ -164,6 +167,7 @@ def _repair(config: CoordinatorConfig) -> int:
             journal.begin(snapshot(state))
             click.echo(f"the journal was written anew without it; this report is kept in {report}")
     finally:
+        shelf.close()
         journal.close()
     return 0
 

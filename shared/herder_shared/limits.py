@@ -34,6 +34,11 @@ SEND_BUFFER_BYTES_MAX = 64 * MIB
 #: A client's submissions not yet acknowledged; `submit` and `array` wait (back-pressure) above it.
 UNACKED_SUBMIT_BYTES_MAX = 32 * MIB
 
+#: What the coordinator holds in memory of queued tasks, and of terminal records that nobody has acknowledged; the rest
+#: of each lies in its folder.
+QUEUED_BYTES_MAX = 256 * MIB
+KEPT_ENDS_BYTES_MAX = 256 * MIB
+
 #: Attempts of one node that may wait for tasks of their own at a time, their cores given up. Each is a process; beyond
 #: it a wait fails, as the node would drown in processes.
 LENT_MAX = 4_096

@@ -19,7 +19,7 @@ def digest(state: State) -> dict[str, Any]:
                 job.cancelled,
                 bytes(job.outcomes),
                 job.base,
-                job.ends,
+                list(job.ends),
                 {
                     index: (
                         TaskState.ASSIGNED if task.state is TaskState.RUNNING else task.state,

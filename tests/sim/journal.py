@@ -7,7 +7,7 @@ synced, and perhaps a torn piece of the next.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from herder_coordinator.core.records import Record
 from herder_coordinator.journal.codec import DamagedBatch, decode_batch, encode_batch
@@ -74,10 +74,10 @@ class SimJournal:
                 return
             yield from records
 
-    def begin(self, snapshot: Sequence[Record]) -> None:
+    def begin(self, snapshot: Iterable[Record]) -> None:
         """The snapshot and the epoch, in one transaction."""
         self._storage.epoch = self.epoch
-        self._storage.rows = [encode_batch(0, snapshot)] if snapshot else []
+        self._storage.rows = [encode_batch(0, list(snapshot))] if snapshot else []
         self._storage.unsynced.clear()
         self._program.call_later(FENCE_S, self._look)
 

@@ -22,6 +22,7 @@ class World:
     """A clock and what is to happen, in order of time and then of asking."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.random = random.Random(seed)
         self.now_s = 1_000.0
         self._due: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -47,7 +47,7 @@ class MemoryJournal:
     def replay(self) -> Iterator[Record]:
         yield from self.records
 
-    def begin(self, snapshot: Sequence[Record]) -> None:
+    def begin(self, snapshot: Iterable[Record]) -> None:
         self.records = list(snapshot)
 
     def append(self, records: Sequence[Record], durable: Callable[[float], None]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from herder_coordinator.core import effects, events
 from herder_coordinator.core.records import Record
+from herder_coordinator.core.room import Room
 from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import State, check_invariants, new_state
 from herder_coordinator.core.step import finish_replay, replay_record, step
@@ -42,11 +43,14 @@ WORKLOAD = WorkloadSpec(WorkloadKey("w1"))
 class Lab:
     """One life of the core at a time. `do` gives the effects without `Observe`; `records` is the journal so far."""
 
+    #: What each life has for what waits.
+    new_room: Callable[[], Room] = Room
+
     def __init__(self) -> None:
         self.now_s = 100.0
         self.records: list[Record] = []
         self.observed: list[effects.Observe] = []
-        self.state: State = new_state(CLUSTER, 1)
+        self.state: State = new_state(CLUSTER, 1, room=Lab.new_room())
         finish_replay(self.state, self.now_s)
 
     def do(self, event: events.Event, after_s: float = 0.0) -> list[effects.Effect]:
@@ -72,14 +76,14 @@ class Lab:
 
     def restart(self, *, by_snapshot: bool = False) -> None:
         """A new life, from the journal so far or from a snapshot of the state."""
-        records = snapshot(self.state) if by_snapshot else self.records
-        self.state = new_state(CLUSTER, self.state.epoch + 1)
+        records = list(snapshot(self.state)) if by_snapshot else self.records
+        self.state = new_state(CLUSTER, self.state.epoch + 1, room=Lab.new_room())
         for record in records:
             replay_record(self.state, record)
         finish_replay(self.state, self.now_s)
         if not self.state.loose and not self.state.orphans:  # else the first step decides what a cut tail left open
             check_invariants(self.state)
-        self.records = snapshot(self.state)
+        self.records = list(snapshot(self.state))
 
     # --- peers -------------------------------------------------------------------------------------------------------
 
@@ -154,9 +158,10 @@ class Lab:
         return {end.index: end.outcome for end in self.state.jobs[job].ends}
 
     def failure(self, index: int = 0, job: JobId = JOB) -> Failure:
-        failure = self.state.jobs[job].kept[index].failure
-        assert failure is not None
-        return failure
+        end = self.state.jobs[job].ends.get(index)
+        assert end is not None
+        assert end.failure is not None
+        return end.failure
 
 
 def job_spec(job: JobId = JOB, *, start: str = "auto", detached: bool = False, **options: Any) -> JobSpec:

@@ -15,6 +15,8 @@ import msgspec
 
 from herder_coordinator.core import placement, records, reserve, shares
 from herder_coordinator.core.lease import FORGET_S
+from herder_coordinator.core.room import Ends, Room, end_size_bytes, items_size_bytes, shelve_items, shelved_items
+from herder_coordinator.core.room import drop as drop_from_shelf
 from herder_coordinator.core.state import (
     OUTCOME_CODES,
     OUTCOMES,
@@ -51,8 +53,6 @@ from herder_shared.wire.messages import (
 #: Bytes of acknowledged terminal records (their logs and values) that are kept for `herder logs` and late dependants.
 RECENT_BYTES_MAX = 64 * limits.MIB
 RECENT_ENDS_MAX = 100_000
-#: What a record costs in memory beside its bytes.
-END_OVERHEAD_BYTES = 600
 #: Attempts of a task that are remembered beside the newest.
 PAST_MAX = 8
 #: Workloads and paces of workloads that no job uses.
@@ -158,6 +158,7 @@ def open_job(  # noqa: PLR0917
         opened_s=state.now_s,
         share=share,
         owner_share=owner_share,
+        ends=Ends(state.room),
         depth=depth,
         priority=options.priority,
     )
@@ -263,9 +264,8 @@ def abandon_job(state: State, job: Job, after_s: float = FORGET_S) -> None:
 
 
 def forget_job(state: State, job: Job, info: JobInfo) -> None:
-    for end in job.ends:
-        if end.result is not None and end.result.blob is not None:
-            release_blob(state, end.result.blob)
+    for end in job.ends.clear():
+        _release_result(state, end)
     for index in list(job.spent):
         _drop_spent(state, job, index)
     for queue in job.queues:
@@ -299,27 +299,55 @@ def add_tasks(
     job.count += len(tasks)
     job.outcomes.extend(bytes(len(tasks)))
     plain: list[TaskItem | None] = list(tasks)
-    chunk = Chunk(job, first, plain, function, python, state.now_s, state.next_number, 0, len(plain))
+    pending = bytearray(b"\1" * len(plain))
+    chunk = Chunk(job, first, pending, plain, function, python, state.now_s, state.next_number, 0, len(plain))
     state.next_number += 1
     for offset, item in enumerate(tasks):
         if item is None:
+            pending[offset] = 0
             chunk.left -= 1
             continue
         if item.args.blob is not None:
             use_blob(state, item.args.blob)
         if item.deps:
             plain[offset] = None
+            pending[offset] = 0
             chunk.left -= 1
             task = Task(job, first + offset, item, function, python, TaskState.WAITING, state.now_s)
             _use_function(state, function)
             job.tasks[task.index] = task
             state.loose.append(task)
     if chunk.left:
+        _find_room(state.room, chunk)
         _use_function(state, function)
         job.chunks.append(chunk)
         job.pending += chunk.left
         job.queue.chunks.append(chunk)
         _add_pending(state, job.queue, chunk.left)
+
+
+def _find_room(room: Room, chunk: Chunk) -> None:
+    """In memory, or on the shelf."""
+    size_bytes = items_size_bytes(chunk.tasks)
+    chunk.ticket = shelve_items(room, chunk.tasks, size_bytes)
+    if chunk.ticket is not None:
+        chunk.tasks = []
+    else:
+        chunk.size_bytes = size_bytes
+        room.queued_bytes += size_bytes
+
+
+def _fetch(room: Room, chunk: Chunk) -> None:
+    """From the shelf: its tasks begin to be started, and it is in memory until they all are."""
+    assert chunk.ticket is not None
+    chunk.tasks = [
+        item if pending else None
+        for item, pending in zip(shelved_items(room, chunk.ticket), chunk.pending, strict=True)
+    ]
+    drop_from_shelf(room, chunk.ticket)
+    chunk.ticket = None
+    chunk.size_bytes = items_size_bytes(chunk.tasks)
+    room.queued_bytes += chunk.size_bytes
 
 
 def _add_pending(state: State, queue: Queue, count: int) -> None:
@@ -340,6 +368,8 @@ def _add_pending(state: State, queue: Queue, count: int) -> None:
 
 def take(state: State, chunk: Chunk, offset: int) -> Task:
     """Make an object of an entry of a chunk. The caller gives it a place at once."""
+    if chunk.ticket is not None:
+        _fetch(state.room, chunk)
     item = chunk.tasks[offset]
     assert item is not None
     job = chunk.job
@@ -352,11 +382,16 @@ def take(state: State, chunk: Chunk, offset: int) -> Task:
 
 
 def _leave_chunk(state: State, chunk: Chunk, offset: int) -> None:
-    chunk.tasks[offset] = None
+    if chunk.ticket is None:
+        chunk.tasks[offset] = None
+    chunk.pending[offset] = 0
     chunk.left -= 1
     chunk.job.pending -= 1
     _add_pending(state, chunk.job.queue, -1)
     if not chunk.left:
+        state.room.queued_bytes -= chunk.size_bytes
+        if chunk.ticket is not None:
+            drop_from_shelf(state.room, chunk.ticket)
         _release_function(state, chunk.function)
         job = chunk.job
         job.dead += 1
@@ -372,7 +407,7 @@ def chunk_of(job: Job, index: int) -> tuple[Chunk, int] | None:
         return None
     chunk = job.chunks[place]
     offset = index - chunk.first
-    if offset >= len(chunk.tasks) or chunk.tasks[offset] is None:
+    if offset >= len(chunk.pending) or not chunk.pending[offset]:
         return None
     return chunk, offset
 
@@ -417,7 +452,7 @@ def resolve(state: State, task: Task) -> None:
 def value_of(state: State, key: TaskKey) -> Payload | None:
     """What an ended task returned, if it succeeded and its value is still here."""
     job = state.jobs.get(key[0])
-    end = (job.kept.get(key[1]) if job is not None else None) or state.recent.get(key)
+    end = (job.ends.get(key[1]) if job is not None else None) or state.recent.get(key)
     if end is not None:
         return (end.result or Payload()) if end.outcome is Outcome.SUCCEEDED else None
     return state.restored_values.get(key)
@@ -553,7 +588,7 @@ def end_task(state: State, job: Job, end: TaskEnd) -> None:
     if task is not None:
         unplace(state, task)
         task.state = TaskState.ENDED
-        item = task.item
+        blob = task.item.args.blob
         _release_function(state, task.function)
         if task.values:
             _release_values(state, task)
@@ -561,18 +596,16 @@ def end_task(state: State, job: Job, end: TaskEnd) -> None:
         found = chunk_of(job, index)
         assert found is not None
         chunk, offset = found
-        pending_item = chunk.tasks[offset]
-        assert pending_item is not None
-        item = pending_item
+        item = chunk.tasks[offset] if chunk.ticket is None else None  # on the shelf nothing names a blob
+        blob = item.args.blob if item is not None else None
         _leave_chunk(state, chunk, offset)
-    if item.args.blob is not None:
-        release_blob(state, item.args.blob)
+    if blob is not None:
+        release_blob(state, blob)
     job.outcomes[index] = OUTCOME_CODES[end.outcome]
     job.ended += 1
     job.ended_by[end.outcome] = job.ended_by.get(end.outcome, 0) + 1
     state.ended_total += 1
-    job.ends.append(end)
-    job.kept[index] = end
+    job.ends.add(end)
     if end.result is not None and end.result.blob is not None:
         use_blob(state, end.result.blob)
     if state.dependants:
@@ -584,9 +617,13 @@ def _keep_spent(state: State, job: Job, index: int, task: Task | None) -> None:
     if task is not None:
         keep_spent(state, job, index, Spent(task.item, task.function, task.python, task.attempt, task.ordinal))
         return
+    if state.spent_bytes >= SPENT_BYTES_MAX:
+        return
     found = chunk_of(job, index)
     assert found is not None
     chunk, offset = found
+    if chunk.ticket is not None:
+        _fetch(state.room, chunk)
     item = chunk.tasks[offset]
     assert item is not None
     keep_spent(state, job, index, Spent(item, chunk.function, chunk.python))
@@ -632,7 +669,7 @@ def reset_tasks(state: State, job: Job, indices: Sequence[int]) -> None:
         job.ended_by[outcome] -= 1
         if not job.ended_by[outcome]:
             del job.ended_by[outcome]
-        job.kept.pop(index, None)
+        job.ends.forget(index)
         if (job.id, index) in state.recent:
             _drop_recent(state, (job.id, index))
         waits = TaskState.WAITING if kept.item.deps else TaskState.PENDING
@@ -681,17 +718,13 @@ def _unended(job: Job, indices: Sequence[int] | None) -> list[int]:
 def ack_events(state: State, job: Job, cursor: int) -> None:
     """The job's own client has everything below `cursor`."""
     job.acked = max(job.acked, min(cursor, job.cursor))
-    count = job.acked - job.base
-    if job.spec.detached or count <= 0:
+    if job.spec.detached or job.acked <= job.base:
         return
-    for end in job.ends[:count]:
-        if job.kept.get(end.index) is end:
-            del job.kept[end.index]
+    for end, counts in job.ends.drop(job.acked):
+        if counts:
             _remember(state, (job.id, end.index), end)
-        elif end.result is not None and end.result.blob is not None:
-            release_blob(state, end.result.blob)  # another took its place
-    del job.ends[:count]
-    job.base = job.acked
+        else:
+            _release_result(state, end)  # another took its place
 
 
 def remember(state: State, job: JobId, end: TaskEnd) -> None:
@@ -699,18 +732,6 @@ def remember(state: State, job: JobId, end: TaskEnd) -> None:
     if end.result is not None and end.result.blob is not None:
         use_blob(state, end.result.blob)
     _remember(state, (job, end.index), end)
-
-
-def end_size_bytes(end: TaskEnd) -> int:
-    """About what a terminal record costs in memory and on the wire."""
-    size_bytes = END_OVERHEAD_BYTES
-    if end.result is not None:
-        size_bytes += len(end.result.inline)
-    if end.logs is not None:
-        size_bytes += len(end.logs.stdout) + len(end.logs.stderr)
-    if end.failure is not None:
-        size_bytes += len(end.failure.traceback) + len(end.failure.pickled or b"")
-    return size_bytes
 
 
 def _remember(state: State, key: TaskKey, end: TaskEnd) -> None:
@@ -729,6 +750,10 @@ def _held_bytes(end: TaskEnd) -> int:
 def _drop_recent(state: State, key: TaskKey) -> None:
     end = state.recent.pop(key)
     state.recent_bytes -= _held_bytes(end)
+    _release_result(state, end)
+
+
+def _release_result(state: State, end: TaskEnd) -> None:
     if end.result is not None and end.result.blob is not None:
         release_blob(state, end.result.blob)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from herder_coordinator.core import apply, events, lease, records, views
 from herder_coordinator.core.ends import end_cancelled, recall_ahead
+from herder_coordinator.core.room import end_size_bytes
 from herder_coordinator.core.state import OUTCOMES, Client, Feed, Job, State, Task
 from herder_coordinator.core.turn import FEED_BYTES_MAX, Turn
 from herder_shared import limits
@@ -414,14 +415,14 @@ def attached(turn: Turn, event: events.Attached) -> None:
 def _past(state: State, job: Job) -> tuple[TaskEnd, ...]:
     """The records that the job's own client has acknowledged, for somebody else who comes later: by index, as their
     order is not kept, and what is gone of them as lost."""
-    ended = [index for index, outcome in enumerate(job.outcomes) if outcome and index not in job.kept]
+    ended = [index for index, outcome in enumerate(job.outcomes) if outcome and not job.ends.has(index)]
     left_bytes = FEED_BYTES_MAX
     text = "it was delivered to the job's own client, and is not kept any more"
     gone = Failure(cause=Cause.DATA_LOST, message=text)
     past: list[TaskEnd] = []
     for index in ended:
         end = state.recent.get((job.id, index))
-        left_bytes -= apply.end_size_bytes(end) if end is not None else 0
+        left_bytes -= end_size_bytes(end) if end is not None else 0
         past.append(end if end is not None and left_bytes > 0 else TaskEnd(index, Outcome.LOST, failure=gone))
     assert len(past) == job.base
     return tuple(past)

@@ -32,7 +32,7 @@ def explain(state: State, job_id: JobId, index: int) -> Explanation | None:
     if not 0 <= index < job.count:
         return None
     if job.outcomes[index]:
-        end = job.kept.get(index) or state.recent.get((job_id, index))
+        end = job.ends.get(index) or state.recent.get((job_id, index))
         return _of_end(job_id, end) if end is not None else _forgotten(job, index)
     task = job.tasks.get(index)
     if task is None:
@@ -261,7 +261,7 @@ def _before(queue: Queue, chunk: Chunk, offset: int) -> int:
         if other is chunk:
             break
         before += other.left
-    return before + sum(1 for item in chunk.tasks[chunk.next : offset] if item is not None)
+    return before + sum(chunk.pending[chunk.next : offset])
 
 
 def verdict(state: State, node: Node, group: Group) -> NodeVerdict:

@@ -19,7 +19,7 @@ from itertools import islice
 
 from herder_coordinator.core import apply, placement, quarantine, reserve, shares
 from herder_coordinator.core.ends import end_failed, recall_ahead
-from herder_coordinator.core.state import UNITS, Chunk, Group, Node, Queue, Request, Share, State, Task
+from herder_coordinator.core.state import UNITS, Group, Node, Queue, Request, Share, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId
@@ -255,8 +255,7 @@ def _next_task(state: State, queue: Queue) -> Task | None:
         if not chunk.left:
             queue.chunks.popleft()
             continue
-        while chunk.tasks[chunk.next] is None:
-            chunk.next += 1
+        chunk.next = chunk.pending.index(1, chunk.next)
         return apply.take(state, chunk, chunk.next)
     return None
 
@@ -419,15 +418,11 @@ def judge(turn: Turn) -> None:
         failure = Failure(cause=Cause.UNSCHEDULABLE, message=text)
         for queue in list(group.queues.values()):
             for chunk in list(queue.chunks):
-                for index in _pending_indices(chunk):
+                for index in chunk.indices():
                     end_failed(turn, chunk.job, index, Outcome.FAILED, failure)
             for task in [task for lane in (queue.again, queue.careful, queue.suspects) for task in lane]:
                 if task.queued is not None and task.queue is queue:
                     end_failed(turn, task.job, task.index, Outcome.FAILED, failure)
-
-
-def _pending_indices(chunk: Chunk) -> list[int]:
-    return [chunk.first + offset for offset, item in enumerate(chunk.tasks) if item is not None]
 
 
 def unschedulable_text(state: State, request: Request) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from herder_coordinator.core import apply, records, views
+from herder_coordinator.core.room import Ends
 from herder_coordinator.core.state import OUTCOMES, Feed, Spent, State, Task
 from herder_shared.ids import JobId
 from herder_shared.states import TaskState
@@ -127,7 +128,8 @@ def _apply_restored(
     match record:
         case records.JobRestored():
             job = apply.open_job(state, record.client, record.owner, record.spec, record.attempt, record.depth)
-            job.base = job.acked = record.cursor
+            job.acked = record.cursor
+            job.ends = Ends(state.room, record.cursor)
             job.resets = record.resets
             state.clients[record.client].grace_s = record.grace_s
             job.feeds[record.client] = Feed(record.cursor, record.cursor)
@@ -137,9 +139,9 @@ def _apply_restored(
         case records.EndsRestored():
             job = state.jobs[record.job]
             for end in record.ends:
-                job.ends.append(end)
-                if job.outcomes[end.index]:  # else it begins anew
-                    job.kept[end.index] = end
+                job.ends.add(end)
+                if not job.outcomes[end.index]:  # it begins anew
+                    job.ends.forget(end.index)
                 if end.result is not None and end.result.blob is not None:
                     apply.use_blob(state, end.result.blob)
         case records.EndsRemembered():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from herder_coordinator.core import records
 from herder_coordinator.core.ends import account
 from herder_coordinator.core.records import Record
+from herder_coordinator.core.room import shelved_items
 from herder_coordinator.core.state import NO_ATTEMPT, Job, State, Task, TaskKey
 from herder_shared import limits
 from herder_shared.ids import BlobId
@@ -18,41 +19,39 @@ PART_TASKS_MAX = 20_000
 PART_BYTES_MAX = 4 * limits.MIB
 
 
-def snapshot(state: State, *, goes_on: bool = False) -> list[Record]:
+def snapshot(state: State, *, goes_on: bool = False) -> Iterator[Record]:
     """Records which, replayed into an empty state, give this one: but for who is connected, and for what a fresh start
-    forgets anyway (measurements, acknowledged records).
+    forgets anyway (measurements, acknowledged records). One after the other, so that what lies on the shelf is in
+    memory a part at a time; the state must not change meanwhile.
 
     `goes_on`: the journal of the same life goes on behind it, so it keeps what only a fresh start forgets.
     """
-    out: list[Record] = [records.EpochStarted(state.cluster, state.epoch)]
-    out += [records.JobSummarized(info) for info in state.summaries.values()]
-    out += [records.FunctionKept(kept.function) for kept in state.functions.values()]
+    yield records.EpochStarted(state.cluster, state.epoch)
+    yield from (records.JobSummarized(info) for info in state.summaries.values())
+    yield from (records.FunctionKept(kept.function) for kept in state.functions.values())
     for job in state.jobs.values():
-        out += _job(state, job)
+        yield from _job(state, job)
     if goes_on:
-        out += [records.EndsRemembered(job_id, (end,)) for (job_id, _), end in state.recent.items()]
+        yield from (records.EndsRemembered(job_id, (end,)) for (job_id, _), end in state.recent.items())
     for key, value in _values(state).items():
-        out.append(records.DependencyKept(key[0], key[1], value))
-    out += [records.DrainSet(name, on=True) for name in state.drained]
-    out += [
-        records.WorkloadDemoted(key, kept.demoted, None if kept.jobs else kept.spec)
-        for key, kept in state.workloads.items()
-        if kept.demoted
-    ]
+        yield records.DependencyKept(key[0], key[1], value)
+    yield from (records.DrainSet(name, on=True) for name in state.drained)
+    for workload, kept in state.workloads.items():
+        if kept.demoted:
+            yield records.WorkloadDemoted(workload, kept.demoted, None if kept.jobs else kept.spec)
     for job in state.jobs.values():
         if job.paused or job.priority != job.spec.options.priority:
-            out.append(records.JobChanged(job.id, job.paused, job.priority))
-        out += _accounts(job)
+            yield records.JobChanged(job.id, job.paused, job.priority)
+        yield from _accounts(job)
     for node in state.nodes.values():
         assigned = tuple(
             records.Assignment(task.job.id, task.index, attempt, task.ordinal, task.fresh)
             for attempt, task in node.attempts.items()
         )
         if assigned:
-            out.append(records.AttemptsAssigned(node.name, node.incarnation, assigned))
+            yield records.AttemptsAssigned(node.name, node.incarnation, assigned)
     for job in state.jobs.values():
-        out += _cancels(job)
-    return out
+        yield from _cancels(job)
 
 
 def _job(state: State, job: Job) -> Iterator[Record]:
@@ -70,9 +69,9 @@ def _job(state: State, job: Job) -> Iterator[Record]:
         resets=job.resets,
         grace_s=client.grace_s if client is not None else None,
     )
-    yield from _tasks(job)
-    for first in range(0, len(job.ends), limits.BATCH_TASKS_MAX):
-        yield records.EndsRestored(job.id, tuple(job.ends[first : first + limits.BATCH_TASKS_MAX]))
+    yield from _tasks(state, job)
+    for first in range(job.base, job.cursor, limits.BATCH_TASKS_MAX):
+        yield records.EndsRestored(job.id, tuple(job.ends.between(first, first + limits.BATCH_TASKS_MAX)))
     yield from _spent(job)
 
 
@@ -92,32 +91,45 @@ def _spent(job: Job) -> Iterator[Record]:
 _Kind = tuple[BlobId | None, str]
 
 
-def _tasks(job: Job) -> Iterator[Record]:
+def _tasks(state: State, job: Job) -> Iterator[Record]:
     """The tasks in order of their indices, cut where the function changes and where a record becomes large."""
-    known: dict[int, tuple[TaskItem, _Kind]] = {
-        index: (task.item, (task.function, task.python)) for index, task in job.tasks.items()
-    }
-    for chunk in job.chunks:
-        kind = (chunk.function, chunk.python)
-        for offset, item in enumerate(chunk.tasks):
-            if item is not None:
-                known[chunk.first + offset] = (item, kind)
-    first, index, size_bytes = 0, 0, 0
+    first, size_bytes = 0, 0
     items: list[TaskItem | None] = []
     kind_here: _Kind | None = None
-    while index < job.count:
-        entry = known.get(index)
-        changes = entry is not None and kind_here is not None and entry[1] != kind_here
+    for index, (item, kind) in enumerate(_entries(state, job)):
+        changes = kind is not None and kind_here is not None and kind != kind_here
         if changes or len(items) >= PART_TASKS_MAX or size_bytes >= PART_BYTES_MAX:
             yield _part(job, first, items, kind_here)
             first, items, size_bytes, kind_here = index, [], 0, None
-        if entry is not None:
-            kind_here = entry[1]
-            size_bytes += len(entry[0].args.inline)
-        items.append(entry[0] if entry is not None else None)
-        index += 1
+        if item is not None:
+            kind_here = kind
+            size_bytes += len(item.args.inline)
+        items.append(item)
     if items:
         yield _part(job, first, items, kind_here)
+
+
+_NO_ENTRY = (None, None)
+
+
+def _entries(state: State, job: Job) -> Iterator[tuple[TaskItem | None, _Kind | None]]:
+    """Of each task in order: None once it has ended. Reads one chunk from the shelf at a time."""
+    index = 0
+    for chunk in job.chunks:
+        if not chunk.left:
+            continue
+        yield from (_entry(job, before) for before in range(index, chunk.first))
+        kind = (chunk.function, chunk.python)
+        items = chunk.tasks if chunk.ticket is None else shelved_items(state.room, chunk.ticket)
+        for index, (item, pending) in enumerate(zip(items, chunk.pending, strict=True), chunk.first):
+            yield (item, kind) if pending else _entry(job, index)
+        index += 1
+    yield from (_entry(job, after) for after in range(index, job.count))
+
+
+def _entry(job: Job, index: int) -> tuple[TaskItem | None, _Kind | None]:
+    task = job.tasks.get(index)
+    return (task.item, (task.function, task.python)) if task is not None else _NO_ENTRY
 
 
 def _part(job: Job, first: int, items: list[TaskItem | None], kind: _Kind | None) -> Record:
@@ -134,7 +146,7 @@ def _values(state: State) -> dict[TaskKey, Payload]:
             for key, value in (task.values or {}).items():
                 other = state.jobs.get(key[0])
                 unended = other is not None and not other.outcomes[key[1]]
-                if not unended and not (other is not None and key[1] in other.kept):
+                if not unended and not (other is not None and other.ends.has(key[1])):
                     values[key] = value
     return values
 

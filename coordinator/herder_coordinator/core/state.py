@@ -11,7 +11,8 @@ running    the same; the agent has said that its child started
 =========  ============================================================================================
 
 An ended task is a byte in `Job.outcomes`, plus its terminal record in `Job.ends` until the job's client has
-acknowledged it. So a job of ten million tasks costs its submitted chunks, and an object only for what runs.
+acknowledged it. So a job of ten million tasks costs its submitted chunks, and an object only for what runs; of chunks
+and records a budget lies in memory (core/room.py).
 
 Nothing here decides: `core/apply.py` changes the state, `core/step.py` and what it calls decide.
 """
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from herder_coordinator.core.room import Ends, Room
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import AgentState, Cause, Outcome, TaskState
@@ -93,19 +95,29 @@ class Share:
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """Tasks as they were submitted together, in index order. An entry is None once its task is not pending here."""
+    """Tasks as they were submitted together, in index order, of which `left` are pending here."""
 
     job: Job
     first: int
+    #: A byte each: whether the task is pending here.
+    pending: bytearray
+    #: None where the task is not pending here; of no length while the tasks are on the shelf.
     tasks: list[TaskItem | None]
     function: BlobId | None
     python: str
     since_s: float
     #: Order of submission.
     number: int
-    #: Entries before this are None.
+    #: Entries before this are not pending here.
     next: int = 0
     left: int = 0
+    #: What is counted of it in `Room.queued_bytes`; and its ticket while it is on the shelf.
+    size_bytes: int = 0
+    ticket: int | None = None
+
+    def indices(self) -> list[int]:
+        """Of the tasks that are pending here."""
+        return [index for index, pending in enumerate(self.pending, self.first) if pending]
 
 
 class Task(msgspec.Struct, eq=False):
@@ -246,6 +258,8 @@ class Job:
     opened_s: float
     share: Share
     owner_share: Share
+    #: Kept terminal records.
+    ends: Ends
     queue: Queue = field(init=False)
     #: Queues of its tasks that were given more memory than it asks for, by the bytes.
     grown: dict[int, Queue] = field(default_factory=dict)
@@ -266,10 +280,6 @@ class Job:
     pending: int = 0
     #: All other tasks that have not ended.
     tasks: dict[int, Task] = field(default_factory=dict)
-    #: Kept terminal records: the first has cursor `base`.
-    base: int = 0
-    ends: list[TaskEnd] = field(default_factory=list)
-    kept: dict[int, TaskEnd] = field(default_factory=dict)
     #: Below this the client has acknowledged (a detached job's records stay all the same).
     acked: int = 0
     #: Failed tasks, as far as there was room (`State.spent_bytes`); and how many that had ended were begun anew.
@@ -294,9 +304,14 @@ class Job:
         return [self.queue, *self.grown.values()]
 
     @property
+    def base(self) -> int:
+        """The cursor of the first terminal record that is kept."""
+        return self.ends.first
+
+    @property
     def cursor(self) -> int:
         """The number of the next terminal record."""
-        return self.base + len(self.ends)
+        return self.ends.first + len(self.ends)
 
 
 @dataclass(slots=True, eq=False)
@@ -423,6 +438,7 @@ class State:
     epoch: int
     periods: Periods
     policy: Policy = field(default_factory=Policy)
+    room: Room = field(default_factory=Room)
     #: Of the latest step; 0 while the journal is replayed.
     now_s: float = 0.0
     next_attempt: int = 1
@@ -479,9 +495,21 @@ class State:
     ended_total: int = 0
 
 
-def new_state(cluster: ClusterId, epoch: int, periods: Periods | None = None, policy: Policy | None = None) -> State:
+def new_state(
+    cluster: ClusterId,
+    epoch: int,
+    periods: Periods | None = None,
+    policy: Policy | None = None,
+    room: Room | None = None,
+) -> State:
     """An empty state. Then `replay_record` for each record of the journal, `finish_replay`, and `step` for ever."""
-    return State(cluster=cluster, epoch=epoch, periods=periods or Periods(), policy=policy or Policy())
+    return State(
+        cluster=cluster,
+        epoch=epoch,
+        periods=periods or Periods(),
+        policy=policy or Policy(),
+        room=room or Room(),
+    )
 
 
 def task_state_counts(job: Job) -> dict[TaskState, int]:
@@ -501,6 +529,8 @@ def check_invariants(state: State) -> None:
     for group in state.groups.values():
         _check_group(state, group)
     _check_shares(state)
+    queued_bytes = sum(chunk.size_bytes for job in state.jobs.values() for chunk in job.chunks if chunk.left)
+    assert state.room.queued_bytes == queued_bytes
     assert not state.loose, "a task was left without its decision"
     assert not state.orphans, "a client of a task that has ended was left without its decision"
     for attempt, incarnation in state.task_clients.items():
@@ -531,9 +561,11 @@ def _check_job(state: State, job: Job) -> None:
     assert all(job.outcomes[index] for index in job.spent)
     assert job.dead == sum(1 for chunk in job.chunks if not chunk.left)
     for chunk in job.chunks:
-        assert chunk.left == sum(1 for item in chunk.tasks if item is not None)
-        for offset, item in enumerate(chunk.tasks):
-            assert item is None or (not job.outcomes[chunk.first + offset] and chunk.first + offset not in job.tasks)
+        assert chunk.left == sum(chunk.pending)
+        assert chunk.ticket is not None or [item is not None for item in chunk.tasks] == list(map(bool, chunk.pending))
+        for index in chunk.indices():
+            assert not job.outcomes[index]
+            assert index not in job.tasks
     for index, task in job.tasks.items():
         assert task.index == index
         assert not job.outcomes[index]

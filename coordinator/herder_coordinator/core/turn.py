@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from herder_coordinator.core import apply, records, views
 from herder_coordinator.core.effects import DropAgent, DropBlobs, Effect, Observe, Persist, SendToAgent, SendToClient
+from herder_coordinator.core.room import end_size_bytes
 from herder_coordinator.core.state import Feed, Job, Node, State, Task
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
@@ -174,9 +175,9 @@ class Turn:
         while feed.sent < job.cursor and feed.sent - feed.acked < FEED_TASKS_MAX and feed.flight_bytes < bytes_max:
             batch: list[TaskEnd] = []
             size_bytes = 0
-            for place in range(feed.sent - job.base, min(len(job.ends), feed.sent - job.base + limits.BATCH_TASKS_MAX)):
-                batch.append(job.ends[place])
-                size_bytes += apply.end_size_bytes(job.ends[place])
+            for end in job.ends.between(feed.sent, feed.sent + limits.BATCH_TASKS_MAX):
+                batch.append(end)
+                size_bytes += end_size_bytes(end)
                 if size_bytes >= limits.BATCH_BYTES_MAX:
                     break
             self.to_client(incarnation, TasksEnded(job.id, feed.sent, tuple(batch)))

@@ -27,7 +27,10 @@ class DamagedBatch(ValueError):
 
 def encode_batch(seq: int, records: Sequence[Record]) -> bytes:
     """The bytes of batch number `seq`."""
-    body = _encoder.encode(records)
+    return _headed(seq, _encoder.encode(records))
+
+
+def _headed(seq: int, body: bytes) -> bytes:
     crc = zlib.crc32(body, zlib.crc32(seq.to_bytes(8, "big")))
     return _HEAD.pack(crc, seq) + body
 
@@ -55,6 +58,25 @@ def decode_batch(seq: int, content: bytes) -> list[Record]:
 #: may be larger than that; it is below 5 MiB.)
 ROW_RECORDS_MAX = 1_000
 ROW_BYTES_MAX = 8 * MIB
+
+
+def encode_snapshot(first: int, records: Iterable[Record]) -> Iterator[tuple[int, bytes]]:
+    """As `encode_rows`, for records that may be millions of bytes each: a row of them is in memory at a time."""
+    number, size_bytes = first, 0
+    bodies: list[bytes] = []
+    for record in records:
+        body = _encoder.encode(record)
+        if bodies and (len(bodies) >= ROW_RECORDS_MAX or size_bytes + len(body) > ROW_BYTES_MAX):
+            yield number, _whole(number, bodies)
+            number, bodies, size_bytes = number + 1, [], 0
+        bodies.append(body)
+        size_bytes += len(body)
+    if bodies:
+        yield number, _whole(number, bodies)
+
+
+def _whole(seq: int, bodies: Sequence[bytes]) -> bytes:
+    return _headed(seq, _encoder.encode([msgspec.Raw(body) for body in bodies]))
 
 
 def encode_rows(first: int, records: Iterable[Record]) -> Iterator[tuple[int, bytes]]:

@@ -12,11 +12,12 @@ The parts become the base in one small transaction: a crash before it leaves the
 that the next start deletes; a crash after it leaves the new base, and batches that the next start deletes. The rows
 that it made superfluous are deleted in slices too.
 
-Its price is a second copy of the state in memory for as long as it takes, and the processor time of a replay of what
-was written since the last one. If it fails, nothing has happened but that the journal has not become shorter.
+Its price is a second copy of the state, within the same budgets of memory, for as long as it takes, and the processor
+time of a replay of what was written since the last one. If it fails, nothing has happened but that the journal has not
+become shorter.
 
 On its pipes: rows as `u64 number · u32 length · content`, a row of length 0 being the end; before them, one line of
-JSON with the cluster and the epoch, and the number of the parts' generation.
+JSON with the cluster and the epoch, the number of the parts' generation, and the folder for what finds no memory.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from herder_coordinator.core.replay import settle_loose
+from herder_coordinator.core.room import Room
 from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import new_state
 from herder_coordinator.core.step import replay_record
-from herder_coordinator.journal.codec import decode_batch, encode_rows
+from herder_coordinator.journal.codec import decode_batch, encode_snapshot
 from herder_coordinator.journal.interface import JournalError
+from herder_coordinator.journal.shelf import FileShelf
 from herder_coordinator.journal.store import SLICE_BYTES, Base, Row, Store, part_number
 from herder_shared.ids import ClusterId
 
@@ -54,10 +58,11 @@ class Ask(Protocol):
 class Compaction:
     """One compaction, in a thread of its own. When `is_over`, `error` says whether and why it came to nothing."""
 
-    def __init__(self, store: Store, upto: int, ask: Ask, *, size_bytes: int) -> None:
+    def __init__(self, store: Store, upto: int, ask: Ask, *, size_bytes: int, folder: Path) -> None:
         self._store = store
         self._upto = upto
         self._ask = ask
+        self._folder = folder
         #: Of the batches that it takes in; of the snapshot that it has made.
         self.size_bytes = size_bytes
         self.base_bytes = 0
@@ -111,7 +116,12 @@ class Compaction:
             pass
 
     def _feed(self, pipe: IO[bytes], generation: int) -> None:
-        order = {"cluster": self._store.cluster, "epoch": self._store.epoch, "generation": generation}
+        order = {
+            "cluster": self._store.cluster,
+            "epoch": self._store.epoch,
+            "generation": generation,
+            "folder": str(self._folder),
+        }
         pipe.write(json.dumps(order).encode() + b"\n")
         base = self._store.base
         if base.generation:
@@ -198,13 +208,15 @@ def _exactly(pipe: IO[bytes], size_bytes: int) -> bytes:
 def compact(stdin: IO[bytes], stdout: IO[bytes]) -> None:
     """Rows in, the rows of their snapshot out. The state ends with this process."""
     order = json.loads(stdin.readline())
-    state = new_state(ClusterId(order["cluster"]), order["epoch"])
+    shelf = FileShelf(Path(order["folder"]))
+    state = new_state(ClusterId(order["cluster"]), order["epoch"], room=Room(shelf))
     for number, content in read_rows(stdin):
         for record in decode_batch(number, content):
             replay_record(state, record)
     settle_loose(state)
-    write_rows(stdout, encode_rows(part_number(order["generation"], 0), snapshot(state, goes_on=True)))
+    write_rows(stdout, encode_snapshot(part_number(order["generation"], 0), snapshot(state, goes_on=True)))
     write_end(stdout)
+    shelf.close()
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ A journal is opened by one process at a time, replayed, given a fresh snapshot, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from herder_coordinator.core.records import Record
@@ -51,7 +51,7 @@ class Journal(Protocol):
     def replay(self) -> Iterator[Record]:
         """Every record, oldest first, the snapshot's first of all. Raises JournalDamaged on damage before the tail."""
 
-    def begin(self, snapshot: Sequence[Record]) -> None:
+    def begin(self, snapshot: Iterable[Record]) -> None:
         """Write a fresh snapshot (records that rebuild the state), make the new epoch durable, start the writer."""
 
     def append(self, records: Sequence[Record], durable: Callable[[float], None]) -> None:

@@ -25,12 +25,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from herder_coordinator.core.records import Record
-from herder_coordinator.journal.codec import DamagedBatch, decode_batch, encode_rows
+from herder_coordinator.journal.codec import DamagedBatch, decode_batch, encode_rows, encode_snapshot
 from herder_coordinator.journal.compaction import Compaction
 from herder_coordinator.journal.interface import JournalDamaged, JournalError, JournalFull
 from herder_coordinator.journal.repair import Dropped
@@ -195,7 +195,7 @@ class StoredJournal:
             kept,
         )
 
-    def begin(self, snapshot: Sequence[Record]) -> None:
+    def begin(self, snapshot: Iterable[Record]) -> None:
         """Replace all rows by the snapshot, make the epoch durable, start the writer.
 
         Raises:
@@ -204,7 +204,7 @@ class StoredJournal:
         """
         store = self._store
         generation = store.base.generation + 1
-        counted = _Counted(encode_rows(part_number(generation, 0), snapshot))
+        counted = _Counted(encode_snapshot(part_number(generation, 0), snapshot))
         store.replace(counted, Base(generation, 0, store.last_seq))
         self._base_bytes = counted.size_bytes
         self._thread = threading.Thread(target=self._write_groups, name="herder-journal")
@@ -352,7 +352,9 @@ class StoredJournal:
             if self._is_closing:
                 return
             log.info("compacting %s: %d bytes since the last snapshot", self._store.label, self._batch_bytes)
-            self._compaction = Compaction(self._store, upto, self._ask, size_bytes=self._batch_bytes)
+            self._compaction = Compaction(
+                self._store, upto, self._ask, size_bytes=self._batch_bytes, folder=self._cut_folder
+            )
             self._compaction.start()
 
     def _compacted(self, compaction: Compaction) -> None:

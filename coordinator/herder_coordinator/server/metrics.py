@@ -98,6 +98,7 @@ class Sources:
     blob_bytes: Callable[[], tuple[int, int]] = lambda: (0, 0)
     stored_blob_bytes: Callable[[], int] = lambda: 0
     journal_bytes: Callable[[], int] = lambda: 0
+    shelf_bytes: Callable[[], int] = lambda: 0
     refused: Callable[[], dict[str, int]] = field(default=dict)
 
 
@@ -311,6 +312,11 @@ class Metrics(Collector):
         )
         yield GaugeMetricFamily(
             "herder_journal_size_bytes", "Size of the journal on disk.", self._sources.journal_bytes()
+        )
+        yield GaugeMetricFamily(
+            "herder_coordinator_shelf_bytes",
+            "Queued tasks and unacknowledged records beyond their budget of memory, in files.",
+            self._sources.shelf_bytes(),
         )
         moved = CounterMetricFamily(
             "herder_blob_bytes", "Payload bytes of blobs moved by the coordinator.", labels=["direction"]

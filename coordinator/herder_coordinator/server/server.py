@@ -17,10 +17,12 @@ from pathlib import Path
 
 from herder_coordinator.core import views
 from herder_coordinator.core.effects import Effect, Observe
+from herder_coordinator.core.room import Room
 from herder_coordinator.core.snapshot import snapshot
 from herder_coordinator.core.state import Periods, Policy, State, new_state
 from herder_coordinator.core.step import finish_replay, replay_record
 from herder_coordinator.journal.interface import Journal, JournalError, StandbyEnded
+from herder_coordinator.journal.shelf import FileShelf
 from herder_coordinator.server import http, metrics
 from herder_coordinator.server.agents import Agents
 from herder_coordinator.server.blobs import BlobStore
@@ -52,12 +54,13 @@ class Server:
 
     def __init__(self, config: CoordinatorConfig, open_journal: OpenJournal) -> None:
         store = BlobStore(config.blob_dir or config.state_dir / "blobs")
-        self._prepare(config, open_journal, tls.cluster_of(config.identity), store)
+        self._shelf = FileShelf(config.state_dir)
+        self._prepare(config, open_journal, tls.cluster_of(config.identity), store, Room(self._shelf))
         self.metrics = metrics.Metrics(self._metrics_sources())
         self.http = http.HttpServer(self._http_sources())
 
     def _prepare(
-        self, config: CoordinatorConfig, open_journal: OpenJournal, cluster: ClusterId, store: BlobStore
+        self, config: CoordinatorConfig, open_journal: OpenJournal, cluster: ClusterId, store: BlobStore, room: Room
     ) -> None:
         """All but what shows us to the outside."""
         self._config = config
@@ -73,6 +76,7 @@ class Server:
         self._stops_agents = False
         self._sessions = 0
         self._store = store
+        self._room = room
         #: Set with `_ended`, for the thread that opens the journal.
         self._ended_early = threading.Event()
         #: Why we wait for the journal; "" when we do not.
@@ -163,7 +167,7 @@ class Server:
                 disconnect_grace_s=config.disconnect_grace_s,
             )
             policy = Policy(weights=config.shares, half_life_s=config.share_half_life_s)
-            state = new_state(self.cluster, journal.epoch, periods, policy)
+            state = new_state(self.cluster, journal.epoch, periods, policy, self._room)
             for record in journal.replay():
                 replay_record(state, record)
             effects = finish_replay(state, now_s)
@@ -199,6 +203,7 @@ class Server:
             self._core.stop()
         await self.http.close()
         self._store.close()
+        self._shelf.close()
         if self._journal is not None:
             await asyncio.to_thread(self._close_journal, self._journal)
 
@@ -375,6 +380,7 @@ class Server:
             version=self.version,
             blob_bytes=lambda: (self._transfers.in_bytes, self._transfers.out_bytes),
             stored_blob_bytes=self._store.total_bytes,
+            shelf_bytes=lambda: self._shelf.size_bytes,
             journal_bytes=lambda: self._journal.size_bytes if self._journal is not None else 0,
             refused=lambda: dict(self._acceptor.refusals) if self._acceptor is not None else {},
         )

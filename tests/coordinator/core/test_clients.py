@@ -160,7 +160,7 @@ def test_acknowledged_records_are_dropped_and_their_blobs_too_when_no_one_rememb
     assert DropBlobs((blob,)) in some
     assert len(lab.state.jobs[JOB].ends) == 1
     assert lab.do(events.EventsAcked(CLIENT, JOB, 1)) == [Persist(records.EventsAcked(JOB, 1))]
-    assert lab.state.jobs[JOB].ends == []
+    assert not len(lab.state.jobs[JOB].ends)
     assert list(lab.state.recent) == [(JOB, 0)]
 
 

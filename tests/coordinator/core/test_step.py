@@ -155,7 +155,7 @@ def test_cancelling_ends_what_is_pending_at_once_and_asks_the_agent_for_the_rest
     lab.node(cores=1)
     lab.submit(2)
     some = lab.do(events.CancelRequested(CLIENT, JOB, None, running=True))
-    ended = lab.state.jobs[JOB].ends[0]
+    ended = next(iter(lab.state.jobs[JOB].ends))
     assert ended.index == 1
     assert ended.outcome is Outcome.CANCELLED
     assert some == [

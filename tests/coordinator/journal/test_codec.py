@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herder_coordinator.core import records
-from herder_coordinator.journal.codec import DamagedBatch, decode_batch, encode_batch
+from herder_coordinator.journal.codec import DamagedBatch, decode_batch, encode_batch, encode_rows, encode_snapshot
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause, Outcome, TaskState
 from herder_shared.wire.messages import (
@@ -74,6 +74,17 @@ def test_the_encoded_form_is_the_one_that_older_versions_wrote() -> None:
         encode_batch(1, [records.AttemptsAssigned(NodeName("n"), Incarnation("i"), ())])[12:]
         == b"\x91\x94\xb0AttemptsAssigned\xa1n\xa1i\x90"
     )
+
+
+def test_a_snapshot_is_written_as_anything_else_a_row_at_a_time() -> None:
+    assert list(encode_snapshot(5, iter(ONE_OF_EACH))) == list(encode_rows(5, ONE_OF_EACH))
+    large = [records.TasksRestored(JOB, 0, None, (TaskItem(Payload(bytes(3_000_000))),), "", b"\0")] * 5
+    rows = encode_snapshot(5, iter([*large, *ONE_OF_EACH]))
+    assert [(number, len(decode_batch(number, content))) for number, content in rows] == [
+        (5, 2),
+        (6, 2),
+        (7, 1 + len(ONE_OF_EACH)),
+    ]
 
 
 @pytest.mark.parametrize("length", range(0, 120, 7))

@@ -41,7 +41,7 @@ def state_of(history: list[Record]) -> dict[str, Any]:
 def compacted(history: list[Record]) -> list[Record]:
     """By the process's own code."""
     stdin, stdout = io.BytesIO(), io.BytesIO()
-    stdin.write(json.dumps({"cluster": CLUSTER, "epoch": 1, "generation": 3}).encode() + b"\n")
+    stdin.write(json.dumps({"cluster": CLUSTER, "epoch": 1, "generation": 3, "folder": "/"}).encode() + b"\n")
     write_rows(stdin, encode_rows(1, history))
     write_end(stdin)
     stdin.seek(0)
@@ -197,7 +197,7 @@ def test_a_crash_after_any_step_of_a_compaction_leaves_the_old_journal_or_the_ne
         shutil.rmtree(crashed)
         return answer
 
-    compaction = Compaction(store, store.last_seq, step_and_crash, size_bytes=1)
+    compaction = Compaction(store, store.last_seq, step_and_crash, size_bytes=1, folder=tmp_path)
     compaction.start()
     compaction._thread.join()
     assert compaction.error is None
@@ -207,7 +207,9 @@ def test_a_crash_after_any_step_of_a_compaction_leaves_the_old_journal_or_the_ne
 
 
 @pytest.mark.parametrize("dies_at", [1, 4, 6])
-def test_a_compaction_that_fails_changes_nothing_and_the_next_one_succeeds(store: SqliteStore, dies_at: int) -> None:
+def test_a_compaction_that_fails_changes_nothing_and_the_next_one_succeeds(
+    store: SqliteStore, tmp_path: Path, dies_at: int
+) -> None:
     calls = 0
     before = store.base
 
@@ -218,12 +220,12 @@ def test_a_compaction_that_fails_changes_nothing_and_the_next_one_succeeds(store
             raise JournalFull("no space left on its disk")
         return work()
 
-    failed = Compaction(store, store.last_seq, fail, size_bytes=1)
+    failed = Compaction(store, store.last_seq, fail, size_bytes=1, folder=tmp_path)
     failed.start()
     failed._thread.join()
     assert isinstance(failed.error, JournalFull)
     assert store.base == before
-    again = Compaction(store, store.last_seq, lambda work: work(), size_bytes=1)
+    again = Compaction(store, store.last_seq, lambda work: work(), size_bytes=1, folder=tmp_path)
     again.start()
     again._thread.join()
     assert again.error is None
@@ -231,8 +233,8 @@ def test_a_compaction_that_fails_changes_nothing_and_the_next_one_succeeds(store
     assert store.batches(0) == []
 
 
-def test_a_compacting_process_that_is_killed_is_said(store: SqliteStore) -> None:
-    compaction = Compaction(store, store.last_seq, lambda work: work(), size_bytes=1)
+def test_a_compacting_process_that_is_killed_is_said(store: SqliteStore, tmp_path: Path) -> None:
+    compaction = Compaction(store, store.last_seq, lambda work: work(), size_bytes=1, folder=tmp_path)
 
     def kill(work: Callable[[], Any]) -> Any:
         if compaction._process is not None:
