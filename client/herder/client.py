@@ -30,7 +30,7 @@ from herder_shared.config import Profile, load_profile, parse_address
 from herder_shared.errors import ConfigError, JobNotFound
 from herder_shared.ids import JobId, NodeName
 from herder_shared.limits import BATCH_TASKS_MAX, DISCONNECT_GRACE_S_MAX, NAME_CHARS_MAX
-from herder_shared.wire.messages import CommandSpec, DrainNode, JobSpec, Query
+from herder_shared.wire.messages import CommandSpec, DrainNode, JobSpec, Key, KeyInfo, ListKeys, Query, RevokeKeys
 
 if TYPE_CHECKING:
     from herder.completed import Completed
@@ -495,6 +495,26 @@ class Client(View):
         """
         self._check_open()
         self._connection.ask(lambda number: DrainNode(number, NodeName(node), on))
+
+    def list_keys(self) -> tuple[KeyInfo, ...]:
+        """The certificates that were revoked, and those with which somebody is connected.
+
+        Raises:
+            Unauthorized: this client is no admin.
+        """
+        self._check_open()
+        return self._connection.ask(ListKeys).keys or ()
+
+    def revoke_keys(self, *keys: Key) -> tuple[KeyInfo, ...]:
+        """Have these certificates turned away from now on, and who is connected with them turned out. When it returns
+        that is durable.
+
+        Raises:
+            Unauthorized: this client is no admin.
+            ConfigError: they cannot be revoked; none of them was.
+        """
+        self._check_open()
+        return self._connection.ask(lambda number: RevokeKeys(number, keys)).keys or ()
 
 
 # --- feeding ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from herder_shared.errors import HerderError, Unauthorized, Unreachable
 from herder_shared.ids import ClusterId, Incarnation
 from herder_shared.limits import BACKOFF_S_MAX, PROTOCOL_VERSION
 from herder_shared.wire.frame import FrameDecoder, decode_body, encode_frame
-from herder_shared.wire.messages import Hello, Message, Refused, WorkloadSpec
+from herder_shared.wire.messages import Hello, Key, KeyInfo, Message, Refused, WorkloadSpec
 from herder_shared.wire.relay import (
     RELAY_FRAME_BYTES_MAX,
     Closed,
@@ -117,6 +117,14 @@ class TaskClient(Client):
         """A task may not."""
         verb = "drain" if on else "use again"
         raise Unauthorized(f"a task may not {verb} node {node!r}: that is for an admin (`herder drain`)")
+
+    def list_keys(self) -> tuple[KeyInfo, ...]:
+        """A task may not."""
+        raise Unauthorized("a task may not list keys: that is for an admin (`herder keys list`)")
+
+    def revoke_keys(self, *keys: Key) -> tuple[KeyInfo, ...]:
+        """A task may not."""
+        raise Unauthorized(f"a task may not revoke {len(keys)} keys: that is for an admin (`herder keys revoke`)")
 
 
 class InheritedWorkload(Workload):

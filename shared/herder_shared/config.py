@@ -33,6 +33,7 @@ from herder_shared.limits import (
     RECONNECT_GRACE_S,
     SHARE_HALF_LIFE_S,
 )
+from herder_shared.wire.messages import Role
 
 #: Ports of the coordinator: its own protocol, and HTTP.
 PORT = 7711
@@ -266,6 +267,39 @@ def create_profile(
     if not (root / "active").exists():
         activate_profile(name, environ=environ)
     return msgspec.structs.replace(profile, folder=folder)
+
+
+def issue_profile(profile: Profile, folder: Path, role: Role, name: str, days: int) -> None:
+    """Make a folder for another user: a profile of the same cluster with an identity of its own and no authority, so
+    that copying it to `~/.config/herder/profiles/` is all that he has to do. For an agent: its identity alone.
+
+    It exists as a whole or not at all; every file is 0600.
+
+    Raises:
+        ConfigError: the folder is there already, or cannot be written; this profile has no authority.
+    """
+    if not (profile.authority / tls.AUTHORITY_KEY).exists():
+        raise ConfigError(
+            f"the profile {profile.name!r} cannot issue certificates: {profile.authority} holds no authority's key;"
+            " that is only where the profile was made (`herder init`)"
+        )
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already: choose a new folder, or remove it")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    made = msgspec.structs.replace(profile, folder=partial)
+    identity = partial if role == "agent" else made.identity
+    try:
+        partial.mkdir(mode=0o700, parents=True)
+        tls.issue(profile.authority, identity, role, name, days)
+        if role != "agent":
+            save_profile(made)
+        for file in partial.rglob("*"):
+            file.chmod(0o700 if file.is_dir() else 0o600)
+        partial.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_profile(name: str | None = None, *, environ: Mapping[str, str] | None = None) -> Profile:

@@ -76,6 +76,9 @@ ERROR_TEXT_BYTES_MAX = 64 * KIB
 #: Last lines of stderr put into the message of a crash.
 STDERR_TAIL_BYTES = 4 * KIB
 
+#: Certificates of one cluster that may be revoked: about 10 MB of the coordinator's memory.
+REVOKED_KEYS_MAX = 100_000
+
 ARRAY_TASKS_MAX = 10_000_000
 NAME_CHARS_MAX = 200
 #: Workload labels in metrics before the rest become `other`.

@@ -18,8 +18,10 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from herder_shared import issued
 from herder_shared.errors import ConfigError, Unauthorized
 from herder_shared.ids import ClusterId
+from herder_shared.issued import Issued
 from herder_shared.limits import NAME_CHARS_MAX
 from herder_shared.wire.messages import Role
 from herder_shared.wire.session import Peer
@@ -105,8 +107,10 @@ def sign_request(authority: Path, request_pem: bytes, role: Role, name: str, day
     """The certificate (PEM, with its chain below the root) for a request. Role and name are the signer's choice;
     what the request says of itself is not believed.
 
+    What is signed stands in the authority's list (`issued.py`), so that it can be revoked.
+
     Raises:
-        ConfigError: the request is not sound, or the authority cannot be read.
+        ConfigError: the request is not sound, or the authority cannot be read, or its list not written.
     """
     from cryptography import x509
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -124,7 +128,9 @@ def sign_request(authority: Path, request_pem: bytes, role: Role, name: str, day
         raise ConfigError(f"the certificate request of {name!r} is not signed by its own elliptic-curve key")
     ca, ca_key = _load_authority(authority)
     builder = _leaf_builder(ca, public_key, role, name, days or (DAYS_AGENT if role == "agent" else DAYS))
-    return _sign(builder, ca_key)
+    certificate = _sign(builder, ca_key)
+    issued.add(authority, issued.describe(x509.load_pem_x509_certificate(certificate), role, name))
+    return certificate
 
 
 def install_certificate(folder: Path, certificate_pem: bytes, ca_pem: bytes) -> None:
@@ -200,9 +206,22 @@ def own_peer(identity: Path) -> Peer:
     Raises:
         ConfigError: the certificate cannot be read.
     """
+    return _read_certificate(identity / CERTIFICATE)[1]
+
+
+def describe(path: Path) -> Issued:
+    """A certificate's line, as in the authority's list.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    certificate, peer = _read_certificate(path)
+    return issued.describe(certificate, peer.role, peer.name)
+
+
+def _read_certificate(path: Path) -> tuple[x509.Certificate, Peer]:
     from cryptography import x509
 
-    path = identity / CERTIFICATE
     try:
         certificate = x509.load_pem_x509_certificate(_read(path))
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
@@ -211,7 +230,8 @@ def own_peer(identity: Path) -> Peer:
         role, cluster = _parse_dns_name(dns)
     except (ValueError, x509.ExtensionNotFound, Unauthorized) as error:
         raise ConfigError(f"{path} is not a Herder certificate, or cut short ({error}): issue it again") from error
-    return Peer(role=role, name=str(common.value), cluster=cluster, serial=f"{certificate.serial_number:x}")
+    serial = f"{certificate.serial_number:x}"
+    return certificate, Peer(role=role, name=str(common.value), cluster=cluster, serial=serial)
 
 
 def cluster_of(identity: Path) -> ClusterId:

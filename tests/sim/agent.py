@@ -20,7 +20,7 @@ from herder_agent.core.step import next_deadline_s, step
 from herder_agent.runtime.blobs import BlobStore, FunctionCache, Partial
 from herder_agent.runtime.connection import Connection
 from herder_agent.runtime.relays import Relays
-from herder_shared.errors import DataLost, HerderError
+from herder_shared.errors import DataLost, HerderError, Unauthorized
 from herder_shared.ids import AttemptId, BlobId, Incarnation, NodeName, WorkloadKey, blob_id
 from herder_shared.limits import PROTOCOL_VERSION
 from herder_shared.states import Cause, Outcome
@@ -146,6 +146,7 @@ class Life:
         self.world = agent.world
         self.program = program
         self.incarnation = incarnation
+        self.serial = agent.serial
         self.node = agent.node
         self.state: State = new_state(NodeName(self.node.name), self.node.cores, MEMORY_BYTES, program.time())
         self.store = SimStore()
@@ -163,7 +164,7 @@ class Life:
             agent.network,
             program,
             self.node.name,
-            Peer("agent", self.node.name, CLUSTER, "2"),
+            Peer("agent", self.node.name, CLUSTER, self.serial),
             hello=self._hello,
             observer=self.connection,
             heartbeat=self._heartbeat,
@@ -296,6 +297,9 @@ class Life:
         self.node.epoch_seen = epoch
 
     def _refused(self, error: HerderError) -> None:
+        if isinstance(error, Unauthorized) and self.serial != self.agent.serial:  # revoked: it ends
+            self.world.at(0.0, self.agent.end_revoked, self)
+            return
         raise Violation(f"the agent on {self.node.name} was refused for good: {error}")
 
     # --- templates ---------------------------------------------------------------------------------------------------
@@ -531,7 +535,14 @@ class Agent:
         self.faults = faults
         self.node = Node(name, cores, ("even",) if cores % 2 == 0 else ())
         self.life: Life | None = None
+        #: Of its certificate's number: those before it were revoked.
+        self.key_count = 1
         self.start()
+
+    @property
+    def serial(self) -> str:
+        """Of the certificate that its next life has."""
+        return f"a{self.key_count:x}{self.node.name.removeprefix('node')}"
 
     def start(self) -> None:
         """A new process."""
@@ -558,6 +569,16 @@ class Agent:
         self.node.used = 0.0
         self.network.program_died(life.program, tells=tells and self.world.chance(0.6))
         self.world.after(down_s, self.start)
+
+    def replace_key(self) -> None:
+        """Somebody puts another certificate where the revoked one was. A process that runs does not see it."""
+        self.key_count += 1
+        self.history.disturbed.add(self.node.name)
+
+    def end_revoked(self, life: Life) -> None:
+        """The process was refused for good, and ends; it is started again."""
+        if self.life is life:
+            self.kill(1.0)
 
     def lose(self) -> None:
         """Its machine is gone for good, and nobody says so."""

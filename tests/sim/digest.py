@@ -41,6 +41,7 @@ def digest(state: State) -> dict[str, Any]:
             node.name: (node.incarnation, sorted(node.attempts)) for node in state.nodes.values() if node.attempts
         },
         "drained": list(state.drained),
+        "revoked": sorted(state.revoked),
         "demoted": {key: kept.demoted for key, kept in state.workloads.items() if kept.demoted and kept.jobs},
         "blobs": _blobs(state),
         "functions": sorted(state.functions),

@@ -7,10 +7,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import Any
 
-from herder_coordinator.core.events import DrainRequested
-from herder_shared.ids import NodeName
+from herder_coordinator.core.events import DrainRequested, KeysRevokeRequested
+from herder_shared.ids import Incarnation, NodeName
+from herder_shared.wire.messages import Key
 from sim.agent import Agent
 from sim.client import Client
 from sim.coordinator import Coordinator
@@ -38,6 +40,7 @@ _ENDS = (
     "agent_losses",
     "client_stops",
     "drains",
+    "revocations",
     "coordinator_crashes",
     "coordinator_stalls",
     "takeovers",
@@ -80,6 +83,7 @@ class Faults:
     agent_losses: float
     client_stops: float
     drains: float
+    revocations: float
     coordinator_crashes: float
     coordinator_stalls: float
     takeovers: float
@@ -155,6 +159,8 @@ class Faults:
             leftovers=rate(0.5),
             waits=rate(0.5, 0.7),
             is_checked=random.random() < 0.25,
+            # From a stream of its own: histories without one stay what they were.
+            revocations=0.1 * own.random() if (own := Random(f"{world.seed} keys")).random() < 0.15 else 0.0,
         )
 
     def end(self) -> None:
@@ -203,6 +209,8 @@ class Simulation:
             at_times(faults.partitions, agent.cut_off, 2 * faults.lease_s)
             at_times(faults.template_deaths, agent.kill_template)
             at_times(faults.drains, partial(self._drain, agent.node.name))
+            if faults.revocations:
+                at_times(faults.revocations, partial(self._revoke, agent))
         for client in self.clients:
             at_times(faults.client_links, client.break_link)
             at_times(faults.client_partitions, client.cut_off, 2 * faults.lease_s)
@@ -224,6 +232,16 @@ class Simulation:
     def _drain(self, node: str) -> None:
         self._set_drain(node, on=True)
         self.world.after(self.world.random.random() * 10, partial(self._set_drain, node, on=False))
+
+    def _revoke(self, agent: Agent) -> None:
+        """An admin turns an agent out, and gives its node another certificate."""
+        life = self.coordinator.life
+        if life is None or life.program.is_stopped:
+            return
+        core: Any = life._core
+        key = Key(agent.serial, "agent", agent.node.name)
+        agent.replace_key()
+        life.program.enter(core.raise_event, KeysRevokeRequested(Incarnation("admin"), 1, (key,), ""))
 
     def _set_drain(self, node: str, *, on: bool) -> None:
         """An admin's order. With nobody there to take it, the end of a drain is ordered again."""

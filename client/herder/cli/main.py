@@ -30,6 +30,7 @@ EXIT_INTERRUPTED = 130
 OWN_COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("herder.cli.demo:command", "Local cluster, a real analysis, and where the core-seconds went."),
     "init": ("herder.cli.init:command", "Make a profile: certificate authority, coordinator and client keys."),
+    "keys": ("herder.cli.keys:keys", "List, issue and revoke certificates."),
     "nodes": ("herder.cli.nodes:nodes", "List the nodes."),
     "drain": ("herder.cli.nodes:drain", "Empty a node: what runs is finished, nothing new is started."),
     "workloads": ("herder.cli.nodes:workloads", "Workloads: start method, fork point, audit."),

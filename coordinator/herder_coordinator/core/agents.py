@@ -32,6 +32,8 @@ def connected(turn: Turn, event: events.AgentConnected) -> None:
     """Hello and welcome are through. Nothing is sent before the agent's `Sync`."""
     state = turn.state
     name = event.facts.node
+    if event.serial in state.revoked:  # it came in the very turn in which it was revoked, and is turned out by now
+        return
     node = state.nodes.get(name)
     if node is None:
         node = apply.node_of(state, name, event.incarnation)
@@ -46,6 +48,7 @@ def connected(turn: Turn, event: events.AgentConnected) -> None:
         node.warm.clear()
         node.start_failures.clear()
     node.session = event.session
+    node.serial = event.serial
     node.synced = False
     node.fault = ""
     node.ends_s = math.inf if event.facts.ends_in_s is None else state.now_s + event.facts.ends_in_s
@@ -244,19 +247,27 @@ def _lapse(turn: Turn, node: Node) -> None:
     """The lease is over."""
     if node.session:
         turn.drop_agent(node.name, node.session, f"nothing was heard of it for {turn.state.periods.lease_s:g} s")
+    give_up(turn, node, "nothing was heard of its agent for a whole lease")
+
+
+def give_up(turn: Turn, node: Node, why: str, part: quarantine.Part | None = None) -> None:
+    """The node is lost, with all that it has. `part`: what each of its attempts had to do with that, where it is
+    known."""
+    if node.session:
         node.session = 0
         node.synced = False
     move(node, AgentState.LOST)
     node.grace_s = None
     placement.refresh(turn.state, node)
-    _lose_all(turn, node, list(node.attempts.values()), "nothing was heard of its agent for a whole lease")
+    _lose_all(turn, node, list(node.attempts.values()), why, part)
     turn.count("node_lost", (("node", node.name),))
 
 
-def _lose_all(turn: Turn, node: Node, tasks: list[Task], why: str) -> None:
+def _lose_all(turn: Turn, node: Node, tasks: list[Task], why: str, part: quarantine.Part | None = None) -> None:
     parts = quarantine.parts_in_loss(turn.state, node)
     for task in tasks:
-        lost(turn, task, Cause.NODE_LOST, f"the node {node.name} was lost: {why}", parts[task.attempt])
+        text = f"the node {node.name} was lost: {why}"
+        lost(turn, task, Cause.NODE_LOST, text, part or parts[task.attempt])
 
 
 def _forget(state: State, node: Node) -> None:

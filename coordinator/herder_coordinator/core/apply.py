@@ -43,6 +43,7 @@ from herder_shared.wire.messages import (
     Function,
     JobInfo,
     JobSpec,
+    Key,
     PastAttempt,
     Payload,
     TaskEnd,
@@ -779,3 +780,8 @@ def set_drain(state: State, name: NodeName, on: bool) -> None:
         state.drained[name] = None
     else:
         state.drained.pop(name, None)
+
+
+def revoke(state: State, keys: tuple[Key, ...]) -> None:
+    """These certificates are not let in any more."""
+    state.revoked.update((key.serial, key) for key in keys)

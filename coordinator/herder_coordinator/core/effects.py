@@ -49,6 +49,13 @@ class DropAgent:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnOut:
+    """Close every connection with one of these certificates, whoever it is, and say why."""
+
+    serials: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DropBlobs:
     """No task needs these blobs any more. When it is carried out, a blob is dropped only if `views.is_blob_needed` is
     still false and no later `DropBlobs` of it waits: a task may have come meanwhile with the same bytes, and ended."""
@@ -86,4 +93,4 @@ class Observe:
     values: tuple[float, ...] = ()
 
 
-Effect = Persist | SendToClient | SendToAgent | DropAgent | DropBlobs | Observe
+Effect = Persist | SendToClient | SendToAgent | DropAgent | TurnOut | DropBlobs | Observe

@@ -13,6 +13,7 @@ from herder_shared.wire.messages import (
     AttemptEnd,
     Function,
     JobSpec,
+    Key,
     NodeFacts,
     NodeReport,
     RunningAttempt,
@@ -124,6 +125,8 @@ class AgentConnected:
     facts: NodeFacts
     incarnation: Incarnation
     session: int
+    #: Its certificate's.
+    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,16 @@ class DrainRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysRevokeRequested:
+    """An admin's order. `number` is the question's; `own` the serial number of the certificate that asks."""
+
+    client: Incarnation
+    number: int
+    keys: tuple[Key, ...]
+    own: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed. At least every half second, and at `next_deadline_s(state)`."""
 
@@ -217,5 +230,6 @@ Event = (
     | AttemptsEnded
     | WorkloadsReported
     | DrainRequested
+    | KeysRevokeRequested
     | Ticked
 )

@@ -46,7 +46,7 @@ class Part:
 
 
 COUNTED = Part(is_counted=True)
-_INNOCENT = Part(is_counted=False)
+INNOCENT = Part(is_counted=False)
 _BLAMED = Part(is_counted=True, is_blamed=True)
 
 
@@ -65,7 +65,7 @@ def parts_in_loss(state: State, node: Node) -> dict[AttemptId, Part]:
         if attempt in suspects:
             parts[attempt] = _BLAMED
         elif suspects or attempt in node.ahead:
-            parts[attempt] = _INNOCENT
+            parts[attempt] = INNOCENT
         else:
             parts[attempt] = Part(is_counted=False, quarantine_s=quarantine_s(_age_s(state, task)))
     return parts

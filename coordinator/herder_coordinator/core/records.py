@@ -17,6 +17,7 @@ from herder_shared.wire.messages import (
     Function,
     JobInfo,
     JobSpec,
+    Key,
     PastAttempt,
     Payload,
     TaskEnd,
@@ -166,6 +167,12 @@ class DrainSet(_Record, frozen=True):
     on: bool
 
 
+class KeysRevoked(_Record, frozen=True):
+    """Who shows one of these certificates is not let in."""
+
+    keys: tuple[Key, ...]
+
+
 class WorkloadDemoted(_Record, frozen=True):
     """Forked children died where fresh ones lived: the workload is not forked any more."""
 
@@ -273,6 +280,7 @@ Record = (
     | EventsAcked
     | JobForgotten
     | DrainSet
+    | KeysRevoked
     | WorkloadDemoted
     | JobRestored
     | TasksRestored

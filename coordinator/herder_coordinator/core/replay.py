@@ -59,6 +59,8 @@ def replay(state: State, record: records.Record) -> None:
             settle_loose(state)
         case records.DrainSet():
             apply.set_drain(state, record.node, record.on)
+        case records.KeysRevoked():
+            apply.revoke(state, record.keys)
         case records.WorkloadDemoted():
             apply.demote(state, record.workload, record.reason, record.spec)
         case _:

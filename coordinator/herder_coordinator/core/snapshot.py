@@ -36,6 +36,9 @@ def snapshot(state: State, *, goes_on: bool = False) -> Iterator[Record]:
     for key, value in _values(state).items():
         yield records.DependencyKept(key[0], key[1], value)
     yield from (records.DrainSet(name, on=True) for name in state.drained)
+    revoked = tuple(state.revoked.values())
+    for first in range(0, len(revoked), limits.BATCH_TASKS_MAX):
+        yield records.KeysRevoked(revoked[first : first + limits.BATCH_TASKS_MAX])
     for workload, kept in state.workloads.items():
         if kept.demoted:
             yield records.WorkloadDemoted(workload, kept.demoted, None if kept.jobs else kept.spec)

@@ -33,6 +33,7 @@ from herder_shared.wire.messages import (
     Function,
     JobInfo,
     JobSpec,
+    Key,
     NodeFacts,
     NodeReport,
     PastAttempt,
@@ -342,6 +343,8 @@ class Node:
     free_gpus: int = 0
     free_resources: dict[str, int] = field(default_factory=dict)
     attempts: dict[AttemptId, Task] = field(default_factory=dict)
+    #: Of the certificate with which its agent connected last; "" after a restart until it is back.
+    serial: str = ""
     #: Attempts beyond the free slots, in the order in which the agent will start them.
     ahead: dict[AttemptId, float] = field(default_factory=dict)
     #: How long they will keep all of the node's cores busy.
@@ -453,6 +456,8 @@ class State:
     #: Functions that no task uses, oldest first.
     idle_functions: dict[BlobId, None] = field(default_factory=dict)
     drained: dict[NodeName, None] = field(default_factory=dict)
+    #: Certificates that are not let in, by their serial numbers.
+    revoked: dict[str, Key] = field(default_factory=dict)
     dependants: dict[TaskKey, list[Task]] = field(default_factory=dict)
     #: Tasks' own clients by their attempts; and those whose attempt has ended, to be given up before the step ends.
     task_clients: dict[AttemptId, Incarnation] = field(default_factory=dict)
@@ -526,6 +531,7 @@ def check_invariants(state: State) -> None:
         _check_job(state, job)
     for node in state.nodes.values():
         _check_node(node)
+        assert not node.session or node.serial not in state.revoked, "a revoked agent is connected"
     for group in state.groups.values():
         _check_group(state, group)
     _check_shares(state)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from herder_coordinator.core import agents, apply, clients, ends, events, lease, quarantine, ready, replay
+from herder_coordinator.core import agents, apply, clients, ends, events, keys, lease, quarantine, ready, replay
 from herder_coordinator.core.effects import Effect
 from herder_coordinator.core.lease import next_deadline_s
 from herder_coordinator.core.records import Record
@@ -93,6 +93,8 @@ def _take_in(turn: Turn, event: events.Event) -> None:
             agents.reported(turn, event)
         case events.DrainRequested():
             ends.set_drain(turn, event.node, on=event.on)
+        case events.KeysRevokeRequested():
+            keys.revoke_requested(turn, event)
         case _:
             assert_never(event)
 

@@ -8,7 +8,16 @@ Then messages: first those to the clients and acknowledgements, which wait for t
 from __future__ import annotations
 
 from herder_coordinator.core import apply, records, views
-from herder_coordinator.core.effects import DropAgent, DropBlobs, Effect, Observe, Persist, SendToAgent, SendToClient
+from herder_coordinator.core.effects import (
+    DropAgent,
+    DropBlobs,
+    Effect,
+    Observe,
+    Persist,
+    SendToAgent,
+    SendToClient,
+    TurnOut,
+)
 from herder_coordinator.core.room import end_size_bytes
 from herder_coordinator.core.state import Feed, Job, Node, State, Task
 from herder_shared import limits
@@ -138,6 +147,9 @@ class Turn:
 
     def drop_agent(self, node: NodeName, session: int, reason: str) -> None:
         self._to_agents.append(DropAgent(node, session, reason))
+
+    def turn_out(self, serials: tuple[str, ...]) -> None:
+        self._to_agents.append(TurnOut(serials))
 
     # --- what metrics see --------------------------------------------------------------------------------------------
 

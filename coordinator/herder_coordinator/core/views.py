@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from herder_coordinator.core.placement import could_ever_fit
@@ -11,6 +12,8 @@ from herder_shared.ids import BlobId, ClusterId, JobId, NodeName
 from herder_shared.states import AgentState, Outcome, TaskState
 from herder_shared.wire.messages import (
     JobInfo,
+    Key,
+    KeyInfo,
     Logs,
     NodeFacts,
     NodeInfo,
@@ -18,6 +21,7 @@ from herder_shared.wire.messages import (
     TaskInfo,
     WorkloadInfo,
 )
+from herder_shared.wire.session import Peer
 
 #: Tasks that one answer about a job lists.
 TASKS_LISTED_MAX = 10_000
@@ -46,6 +50,25 @@ def _node_info(state: State, name: NodeName, now_s: float) -> NodeInfo:
 def is_draining(state: State, node: NodeName) -> bool:
     """Whether the node has been told, or is to be told, to take nothing new."""
     return node in state.drained
+
+
+def why_not(state: State, serial: str) -> str:
+    """Why a peer with this certificate is not let in; "" when it is."""
+    if serial not in state.revoked:
+        return ""
+    return (
+        f"the certificate {serial} was revoked (`herder keys revoke`): nothing is done for it any more. Have a new one"
+        " issued: `herder keys issue` for a user; for a node, remove its identity and run `herder up` again"
+    )
+
+
+def keys(state: State, connected: Mapping[Peer, int]) -> list[KeyInfo]:
+    """The certificates that were revoked, and those with which somebody is connected."""
+    found = {serial: KeyInfo(key, revoked=True) for serial, key in state.revoked.items()}
+    for peer, connections in connected.items():
+        key = Key(peer.serial, peer.role, peer.name)
+        found[peer.serial] = KeyInfo(key, peer.serial in state.revoked, connections)
+    return list(found.values())
 
 
 def jobs(state: State, now_s: float) -> list[JobInfo]:

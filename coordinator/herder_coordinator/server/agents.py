@@ -76,7 +76,7 @@ class Agents:
         self._gone.clear()
         self._by_node[facts.node] = agent
         log.info("agent %s connected (session %d, %d cores)", facts.node, link.session, facts.cores)
-        self._core.raise_event(AgentConnected(facts, link.hello.incarnation, link.session))
+        self._core.raise_event(AgentConnected(facts, link.hello.incarnation, link.session, link.peer.serial))
 
     def closed(self, link: Link, error: HerderError | None) -> None:
         """The link is gone."""

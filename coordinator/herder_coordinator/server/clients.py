@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from herder_coordinator.core import events, views
@@ -30,6 +30,7 @@ from herder_shared.errors import (
 )
 from herder_shared.ids import AttemptId, BlobId, Incarnation, JobId, NodeName
 from herder_shared.wire import messages as m
+from herder_shared.wire.session import Peer
 from herder_shared.wire.stream import Link
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class _ClientLink:
 class Clients:
     """All live links with clients and admins.
 
-    `shut_down` is called when an admin wants the whole cluster to end, after the answer was sent.
+    `shut_down` is called when an admin wants the whole cluster to end, after the answer was sent; `who_is_connected`
+    gives everybody, agents too, and with how many connections.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Clients:
         self._by_client: dict[Incarnation, _ClientLink] = {}
         self._unflushed: dict[Link, None] = {}
         self.shut_down: Callable[[], None] | None = None
+        self.who_is_connected: Callable[[], Mapping[Peer, int]] = dict
         #: Why nothing new can be taken in just now; "" when it can.
         self.why_no_submissions: Callable[[], str] = str
 
@@ -162,6 +165,11 @@ class Clients:
                 )
             case m.DrainNode():
                 self._drain(client.link, message)
+            case m.RevokeKeys():
+                own = client.link.peer.serial
+                raise_event(events.KeysRevokeRequested(name, message.id, message.keys, own))
+            case m.ListKeys():
+                self._core.ask(lambda state, _now_s: self._answer(client.link, self._keys(message, state)))
             case m.ShutDown():
                 self._shut_down(client.link, message)
             case _:
@@ -260,6 +268,9 @@ class Clients:
             link.send(answer)
         except PayloadTooLarge as error:
             link.send(m.Answer(answer.id, error=PayloadTooLarge.__name__, message=f"the answer is too large: {error}"))
+
+    def _keys(self, message: m.ListKeys, state: State) -> m.Answer:
+        return m.Answer(message.id, keys=tuple(views.keys(state, self.who_is_connected())))
 
     def _drain(self, link: Link, message: m.DrainNode) -> None:
         def answer(state: State, now_s: float) -> None:

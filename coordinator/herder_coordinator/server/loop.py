@@ -23,7 +23,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
-from herder_coordinator.core.effects import DropAgent, DropBlobs, Effect, Observe, Persist, SendToAgent, SendToClient
+from herder_coordinator.core.effects import (
+    DropAgent,
+    DropBlobs,
+    Effect,
+    Observe,
+    Persist,
+    SendToAgent,
+    SendToClient,
+    TurnOut,
+)
 from herder_coordinator.core.events import Event, Ticked
 from herder_coordinator.core.records import AttemptsAssigned, EventsAcked, Record, TasksSubmitted
 from herder_coordinator.core.state import State
@@ -64,6 +73,8 @@ class Outlets(Protocol):
         """Everything was sent that is to be sent now: it leaves, in one write for each peer."""
 
     def drop_agent(self, node: NodeName, session: int, reason: str) -> None: ...
+
+    def turn_out(self, serials: tuple[str, ...]) -> None: ...
 
     def drop_blobs(self, blobs: tuple[BlobId, ...]) -> None: ...
 
@@ -259,6 +270,8 @@ class CoreLoop:
                     outlets.observe(effect)
                 case DropAgent():
                     outlets.drop_agent(effect.node, effect.session, effect.reason)
+                case TurnOut():
+                    outlets.turn_out(effect.serials)
                 case DropBlobs():
                     outlets.drop_blobs(self._droppable(effect.blobs))
                 case Persist():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -131,7 +132,9 @@ class Server:
         journal, state, effects = await asyncio.to_thread(self._replay, start_s, journal)
         log.info("life %d of cluster %s: replayed in %.3f s", journal.epoch, self.cluster, loop.time() - start_s)
         self._assemble(journal, state, effects)
-        self._acceptor = Acceptor(context=context, cluster=self.cluster, welcome=self._welcome, observer=self)
+        self._acceptor = Acceptor(
+            context=context, cluster=self.cluster, welcome=self._welcome, observer=self, why_not=self._why_not
+        )
         host, port = await self._acceptor.listen(*parse_address(config.listen, PORT))
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         log.info("agents and clients at %s, HTTP at http://%s/", self.address, self.http.address)
@@ -145,6 +148,7 @@ class Server:
         relays = Relays(self._clients, self._transfers, self._welcome)
         self._agents = Agents(core, self._store, self._transfers, relays)
         self._clients.shut_down = self._shut_down
+        self._clients.who_is_connected = self._who_is_connected
         self._clients.why_no_submissions = self._why_no_submissions
         core.start(effects)
 
@@ -236,9 +240,18 @@ class Server:
 
     # --- links -------------------------------------------------------------------------------------------------------
 
-    def _welcome(self, hello: Hello, _peer: Peer) -> Welcome | Refused:
+    def _why_not(self, peer: Peer) -> str:
+        return views.why_not(self._core.state, peer.serial) if self._core is not None else ""
+
+    def _who_is_connected(self) -> Counter[Peer]:
+        return self._acceptor.peers() if self._acceptor is not None else Counter()
+
+    def _welcome(self, hello: Hello, peer: Peer) -> Welcome | Refused:
         if self._core is None or self._ended.is_set():
             return Refused("Unreachable", "the coordinator is ending: try again")
+        why = self._why_not(peer)
+        if why:  # since its handshake
+            return Refused("Unauthorized", why)
         self._sessions += 1
         node = hello.node.node if hello.node is not None else None
         return Welcome(
@@ -305,6 +318,17 @@ class Server:
         """Outlets."""
         assert self._agents is not None
         self._agents.drop(node, session, reason)
+
+    def turn_out(self, serials: Sequence[str]) -> None:
+        """Outlets."""
+        assert self._core is not None
+        assert self._acceptor is not None
+        for serial in serials:
+            key = self._core.state.revoked[serial]
+            who = f"{key.role or 'somebody'} {key.name!r}"
+            why = views.why_not(self._core.state, serial)
+            out = self._acceptor.turn_out(lambda peer, serial=serial: peer.serial == serial, why)  # type: ignore[misc]
+            log.warning("the certificate %s of %s is revoked; connections closed: %d", serial, who, out.total())
 
     def drop_blobs(self, blobs: Sequence[BlobId]) -> None:
         """Outlets. Another task may have come with the same bytes since this was decided."""

@@ -425,6 +425,23 @@ class NodeReport(_Part, frozen=True):
     fault: str = ""
 
 
+class Key(_Part, frozen=True):
+    """A certificate, by what anybody may know of it. `serial` in hex, as in `Peer`: within a cluster it names one
+    certificate; role and name are for people, and may be unknown."""
+
+    serial: str
+    role: str = ""
+    name: str = ""
+
+
+class KeyInfo(_Part, frozen=True):
+    """A certificate that the coordinator knows of: it was revoked, or somebody is connected with it."""
+
+    key: Key
+    revoked: bool = False
+    connections: int = 0
+
+
 # --- both directions -------------------------------------------------------------------------------------------------
 
 
@@ -583,6 +600,19 @@ class DrainNode(_Message, frozen=True):
     id: int
     node: NodeName
     on: bool = True
+
+
+class ListKeys(_Message, frozen=True):
+    """Admin: which certificates were revoked, and who is connected with which."""
+
+    id: int
+
+
+class RevokeKeys(_Message, frozen=True):
+    """Admin: who shows one of these certificates is not let in any more, and is turned out now."""
+
+    id: int
+    keys: tuple[Key, ...]
 
 
 class ShutDown(_Message, frozen=True):
@@ -771,6 +801,8 @@ class Answer(_Message, frozen=True):
     #: Of `RetryFailed`.
     count: int | None = None
     explanation: Explanation | None = None
+    #: Of `ListKeys` and `RevokeKeys`.
+    keys: tuple[KeyInfo, ...] | None = None
 
 
 # --- coordinator to agent --------------------------------------------------------------------------------------------
@@ -918,6 +950,8 @@ ClientToCoordinator = (
     | RetryFailed
     | ChangeJob
     | DrainNode
+    | ListKeys
+    | RevokeKeys
     | ShutDown
     | Goodbye
     | PutBlob

@@ -31,8 +31,10 @@ from herder_shared.wire.messages import (
     Heartbeat,
     HeartbeatAck,
     Hello,
+    ListKeys,
     Message,
     Refused,
+    RevokeKeys,
     Role,
     ShutDown,
     Welcome,
@@ -87,7 +89,7 @@ _FROM_ROLE: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "admin": _from_client,
 }
 #: Verbs that change the cluster itself.
-ADMIN_VERBS = (DrainNode, ShutDown)
+ADMIN_VERBS = (DrainNode, ListKeys, RevokeKeys, ShutDown)
 _KNOWN_VERBS = frozenset(kind.__name__ for kind in Message.__args__)
 
 

@@ -18,7 +18,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from herder_shared.errors import ConfigError, HerderError, RemoteProtocolError, Unreachable
+from herder_shared.errors import ConfigError, HerderError, RemoteProtocolError, Unauthorized, Unreachable
 from herder_shared.ids import ClusterId
 from herder_shared.limits import (
     BACKOFF_S_MAX,
@@ -93,6 +93,9 @@ class _Accepted(Connection):
     def _secured(self) -> None:
         self._peer = peer_of(self._pipe.ssl_object)
         self._session = AcceptorSession(self._acceptor.cluster, self._peer)
+        why = self._acceptor.why_not(self._peer)
+        if why:
+            self.turn_out(why)
 
     def _greeted(self) -> None:
         session = self._session
@@ -109,9 +112,22 @@ class _Accepted(Connection):
             self._acceptor.count(answer.error, self._address)
             self.close(answer.message)
 
+    @property
+    def peer(self) -> Peer | None:
+        """Who is there; None while that is not known."""
+        return self._peer
+
+    def turn_out(self, why: str) -> None:
+        """Its certificate, good as it is, is not to be let in (any more): say so, and take nothing from it."""
+        if not self.is_ended:
+            self._refuse(Unauthorized(why), "revoked")
+
     def _fail(self, error: HerderError) -> None:
+        self._refuse(error, type(error).__name__)
+
+    def _refuse(self, error: HerderError, reason: str) -> None:
         _log.debug("refused %s: %s", self._who(), error)
-        self._acceptor.count(type(error).__name__, self._address, str(error))
+        self._acceptor.count(reason, self._address, str(error))
         if self._session is not None and self._session.state is not SessionState.ENDED:
             self.send(refusal(error))
             self.flush()
@@ -129,6 +145,7 @@ class Acceptor:
         cluster: ClusterId,
         welcome: Callable[[Hello, Peer], Welcome | Refused],
         observer: LinkObserver,
+        why_not: Callable[[Peer], str] = lambda _peer: "",
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         send_buffer_bytes_max: int = SEND_BUFFER_BYTES_MAX,
     ) -> None:
@@ -136,9 +153,11 @@ class Acceptor:
         self.cluster = cluster
         self.welcome = welcome
         self.observer = observer
+        #: Asked when the handshake of TLS is through, before a byte of the peer's is looked at: why it is turned away.
+        self.why_not = why_not
         self.handshake_timeout_s = handshake_timeout_s
         self.send_buffer_bytes_max = send_buffer_bytes_max
-        #: How many were turned away, by the name of the error (or "slow handshake", "crowded out").
+        #: How many were turned away, by the name of the error (or "slow handshake", "crowded out", "revoked").
         self.refusals: Counter[str] = Counter()
         # In the order in which they connected.
         self._greeting: dict[_Accepted, None] = {}
@@ -180,6 +199,20 @@ class Acceptor:
         if self._server is not None:
             await self._server.wait_closed()
             self._server = None
+
+    def peers(self) -> Counter[Peer]:
+        """Who is connected, and how often."""
+        return Counter(each.link.peer for each in self._connections if each.link is not None and not each.is_ended)
+
+    def turn_out(self, is_unwanted: Callable[[Peer], bool], why: str) -> Counter[Peer]:
+        """End all connections of these peers now, links and those who are greeting; who they were."""
+        out: Counter[Peer] = Counter()
+        for connection in list(self._connections):
+            peer = connection.peer
+            if peer is not None and not connection.is_ended and is_unwanted(peer):
+                connection.turn_out(why)
+                out[peer] += 1
+        return out
 
     # What connections report.
 

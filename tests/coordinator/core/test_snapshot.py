@@ -11,7 +11,7 @@ from herder_coordinator.core.state import new_state
 from herder_coordinator.core.step import finish_replay, replay_record
 from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
 from herder_shared.states import Cause, Outcome, TaskState
-from herder_shared.wire.messages import Payload, TaskItem
+from herder_shared.wire.messages import Key, Payload, TaskItem
 from sim.digest import digest
 from support.core_lab import CLIENT, CLUSTER, JOB, Lab, failed, item, starts, success
 
@@ -36,6 +36,7 @@ def busy_lab() -> Lab:
     lab.open(JOB2, Incarnation("client2"), detached=True, idempotent=False, priority=2)
     lab.submit(3, JOB2, client=Incarnation("client2"))
     lab.do(events.DrainRequested(NodeName("n9"), on=True))
+    lab.do(events.KeysRevokeRequested(CLIENT, 1, (Key("5e1a", "client", "eve"),), "1"))
     return lab
 
 

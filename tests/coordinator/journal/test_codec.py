@@ -15,6 +15,7 @@ from herder_shared.wire.messages import (
     Function,
     JobInfo,
     JobSpec,
+    Key,
     PastAttempt,
     Payload,
     TaskEnd,
@@ -50,6 +51,7 @@ ONE_OF_EACH: list[records.Record] = [
     records.EventsAcked(JOB, 5),
     records.JobForgotten(JOB),
     records.DrainSet(NodeName("n1"), on=True),
+    records.KeysRevoked((Key("5e1a", "agent", "n1"),)),
     records.WorkloadDemoted(WorkloadKey("w1"), "two died"),
     records.JobRestored(Incarnation("client"), "me", SPEC, 5, closed=True),
     records.TasksRestored(JOB, 0, None, (None, TaskItem(Payload(b"args"))), "", b"\1\0"),
@@ -73,6 +75,10 @@ def test_the_encoded_form_is_the_one_that_older_versions_wrote() -> None:
     assert (
         encode_batch(1, [records.AttemptsAssigned(NodeName("n"), Incarnation("i"), ())])[12:]
         == b"\x91\x94\xb0AttemptsAssigned\xa1n\xa1i\x90"
+    )
+    assert (
+        encode_batch(1, [records.KeysRevoked((Key("5e", "agent", "n"),))])[12:]
+        == b"\x91\x92\xabKeysRevoked\x91\x83\xa6serial\xa25e\xa4role\xa5agent\xa4name\xa1n"
     )
 
 

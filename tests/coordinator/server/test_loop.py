@@ -44,6 +44,9 @@ class Outlets:
     def drop_agent(self, node: NodeName, session: int, reason: str) -> None:
         raise AssertionError("there is no agent")
 
+    def turn_out(self, serials: tuple[str, ...]) -> None:
+        raise AssertionError("there is nobody")
+
     def drop_blobs(self, blobs: tuple[BlobId, ...]) -> None:
         raise AssertionError("there is no blob")
 

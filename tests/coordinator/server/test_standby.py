@@ -70,18 +70,22 @@ def test_a_standby_takes_over_from_a_killed_holder_with_all_that_was_acknowledge
 
     async def submit_then_kill(kill: Callable[[], None]) -> None:
         hello = m.Hello(1, CLUSTER, Incarnation("c" * 16), owner="ann")
-        both = Client(authority.identity("client", "ann"), split(one), split(two), hello=hello)
+        both = Client(authority.identity("admin", "ann"), split(one), split(two), hello=hello)
         async with running(both):
             client = Peer(both, await both.observer.link())
             client.send(m.OpenJob(job_spec()), submission(20))
             while (await client.next(m.SubmitOk)).upto < 20:
                 pass
+            client.send(m.RevokeKeys(1, (m.Key("e7e", "client", "eve"),)))
+            assert (await client.next(m.Answer)).error == ""
             kill()
             # The same client finds the other one by itself, and goes on at its cursor.
             await both.observer.until(lambda: len(both.observer.links) == 2, 30)
             client.link = both.observer.links[-1]
             assert client.link.epoch == 2
-            client.send(m.Attach(JOB, 0))
+            client.send(m.Attach(JOB, 0), m.ListKeys(2))
+            keys = (await client.next(m.Answer)).keys or ()
+            assert [info.key.name for info in keys if info.revoked] == ["eve"]
             async with agent_of(authority, split(two)) as agent:
                 await run_all(agent, 20)
                 assert len(await collect_ends(client, 20)) == 20
