@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import herder
 from herder.cli.main import cli
+from herder_shared.wire.messages import NodeInfo
 from support.leaks import wait_until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -139,3 +140,61 @@ def test_gpus_have_indices_and_fractions_and_named_resources_are_counted(client:
     wait_until(begun, WAIT_S)
     for future in futures:
         future.result(WAIT_S)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[herder.LocalCluster]:
+    with herder.LocalCluster(cores=2, agents=2) as pair:
+        yield pair
+
+
+def wait_if_first(place: int, gate: str) -> str:
+    if place == 0:
+        wait_for(gate)
+    return herder.task().node
+
+
+def test_look_ahead_behind_what_takes_long_is_recalled_when_the_other_node_is_idle(
+    pair: herder.LocalCluster, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    with pair.client() as client:
+        # So that it is known how short they are.
+        client.array(wait_if_first, range(1, 60), [str(gate)] * 59).wait(WAIT_S)
+        job = client.array(wait_if_first, range(60), [str(gate)] * 60)
+        asked: list[str] = []
+
+        def is_stuck() -> bool:
+            """Something lies behind the one that waits."""
+            asked[:] = [job.explain(task.index).kind for task in job.tasks() if task.state == "assigned"]
+            return "look_ahead" in asked and job.progress().ended > 0
+
+        assert wait_until(is_stuck, WAIT_S)
+        assert wait_until(lambda: job.progress().ended == 59, WAIT_S)
+        blocked = job.explain(0)
+        assert blocked.kind == "running"
+        gate.touch()
+        assert set(job.results(WAIT_S)) == {"local-1", "local-2"}
+        # What lay behind the one that waits was run by the other node at last.
+        assert {task.node for task in job.tasks()[-5:]} == {"local-1", "local-2"} - {blocked.node}
+
+
+def test_a_node_that_says_when_it_ends_gets_what_ends_in_time_and_is_drained_before() -> None:
+    with herder.LocalCluster(cores=2, agents=2) as cluster, cluster.client() as client:
+        process = cluster.processes["local-2"]
+        process.popen.kill()
+        # Half a minute before its end it is drained: here, after two seconds and a half.
+        process.arguments += ("--walltime", "0:32.5")
+        cluster.restart("local-2")
+
+        def node() -> NodeInfo:
+            return next(node for node in client.nodes() if node.facts.node == "local-2")
+
+        assert wait_until(lambda: node().state == "ready" and node().ends_in_s is not None, WAIT_S)
+        too_long = client.options(nodes="local-2", timeout=20).submit(time.sleep, 0)
+        assert "local-2: ends too soon" in str(too_long.explain())
+        assert client.options(nodes="local-2", timeout=1).submit(abs, -2).result(WAIT_S) == 2
+        assert node().state == "ready"
+        assert wait_until(lambda: node().state == "draining", WAIT_S)
+        assert "local-2: is draining: it will end soon" in str(too_long.explain())
+        too_long.cancel()

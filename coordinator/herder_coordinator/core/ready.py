@@ -290,7 +290,7 @@ def _review_reservations(state: State) -> None:
     for node in list(state.reservations.values()):
         group = node.reserved
         assert group is not None
-        if not group.pending or not placement.takes_attempts(node):
+        if not group.pending or not _may_wait_for(state, node, group):
             _give_up_node(state, group)
 
 
@@ -312,15 +312,23 @@ def _reserve(state: State, group: Group) -> None:
     if group.reserved is not None or not reserve.may_keep_another(state):
         return
     candidates = [
-        node
-        for node in state.nodes.values()
-        if node.reserved is None and placement.takes_attempts(node) and placement.could_ever_fit(node, group.request)
+        node for node in state.nodes.values() if node.reserved is None and _may_wait_for(state, node, group)
     ]
     node = reserve.choose(state, group, candidates)
     if node is None:
         state.reserve_s = state.now_s + reserve.AGAIN_S
     else:
         reserve.keep(state, group, node)
+
+
+def _may_wait_for(state: State, node: Node, group: Group) -> bool:
+    """Whether the node could run the group's next task if it were empty, as far as is known."""
+    if not placement.takes_attempts(node) or not placement.could_ever_fit(node, group.request):
+        return False
+    if node.ends_s == math.inf:
+        return True
+    over_s = _over_s(state, next(iter(group.queues.values())))
+    return placement.ends_in_time(state, node, group.request, over_s)
 
 
 # --- look-ahead ------------------------------------------------------------------------------------------------------
@@ -395,8 +403,11 @@ def recall(turn: Turn) -> None:
         first = node.attempts[next(iter(node.ahead))]
         if state.now_s - first.since_s - first.queued_s < RECALL_AFTER_S:
             continue
-        request = first.request
-        room = sum(placement.room(other, request, len(node.ahead)) for other in state.open_nodes.values())
+        count = len(node.ahead)
+        room = sum(placement.room(other, first.request, count) for other in state.open_nodes.values())
+        pace_s = state.paces.get((first.queue.group.key.workload, first.function))
+        if room and pace_s is not None:  # and as many as those may be sent ahead there
+            room += sum(placement.ahead_room(other, first.request, pace_s) for other in state.open_nodes.values())
         recall_ahead(turn, [node.attempts[attempt] for attempt in islice(node.ahead, room)])
 
 

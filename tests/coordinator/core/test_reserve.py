@@ -204,3 +204,30 @@ def test_an_empty_step_starts_nothing(lab: Lab) -> None:
     assert starts(lab.pass_time(1.0)) == []
     assert lab.state.jobs[WIDE].pending == 1
     assert CLIENT in lab.state.clients
+
+
+def test_a_node_that_ends_too_soon_is_not_kept_for_what_would_not_end_there_in_time(lab: Lab) -> None:
+    lab.node("n1", cores=2, ends_in_s=60.0)
+    lab.open(WIDE, client=OTHER, timeout_s=100.0)
+    lab.submit(1, WIDE, client=OTHER)
+    lab.open(JOB, timeout_s=5.0)
+    assert len(starts(lab.submit(3))) == 2
+    assert kept(lab) == []
+    assert lab.place(0, WIDE) is None
+
+
+def test_a_node_that_was_kept_is_given_back_when_it_ends_too_soon(lab: Lab) -> None:
+    lab.node("n1", cores=2, ends_in_s=160.0)
+    lab.open(JOB, timeout_s=50.0)
+    lab.submit(4)
+    lab.open(WIDE, client=OTHER, cores=2.0, timeout_s=100.0)
+    lab.submit(1, WIDE, client=OTHER)
+    end_one(lab, "n1", wall_s=60.0)
+    assert kept(lab) == ["n1"]
+    for _ in range(15):
+        lab.pass_time(3.0)
+        lab.heard("n1")
+    end_one(lab, "n1", wall_s=60.0)
+    assert kept(lab) == []
+    assert lab.place(0, WIDE) is None
+    assert lab.place(3) == "n1"
