@@ -151,7 +151,7 @@ def pair() -> Iterator[herder.LocalCluster]:
 def wait_if_first(place: int, gate: str) -> str:
     if place == 0:
         wait_for(gate)
-    return herder.task().node
+    return str(herder.task().node)
 
 
 def test_look_ahead_behind_what_takes_long_is_recalled_when_the_other_node_is_idle(

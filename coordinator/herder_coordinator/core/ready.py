@@ -311,9 +311,7 @@ def _reserve_all(state: State, groups: list[Group]) -> None:
 def _reserve(state: State, group: Group) -> None:
     if group.reserved is not None or not reserve.may_keep_another(state):
         return
-    candidates = [
-        node for node in state.nodes.values() if node.reserved is None and _may_wait_for(state, node, group)
-    ]
+    candidates = [node for node in state.nodes.values() if node.reserved is None and _may_wait_for(state, node, group)]
     node = reserve.choose(state, group, candidates)
     if node is None:
         state.reserve_s = state.now_s + reserve.AGAIN_S
