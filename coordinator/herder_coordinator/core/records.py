@@ -173,6 +173,14 @@ class KeysRevoked(_Record, frozen=True):
     keys: tuple[Key, ...]
 
 
+class SharesKept(_Record, frozen=True):
+    """The cores that each owner and job held lately, on average (core/shares.py), in ten-thousandths of a core. Who is
+    not named held none."""
+
+    owners: tuple[tuple[str, int], ...]
+    jobs: tuple[tuple[JobId, int], ...]
+
+
 class WorkloadDemoted(_Record, frozen=True):
     """Forked children died where fresh ones lived: the workload is not forked any more."""
 
@@ -281,6 +289,7 @@ Record = (
     | JobForgotten
     | DrainSet
     | KeysRevoked
+    | SharesKept
     | WorkloadDemoted
     | JobRestored
     | TasksRestored

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from herder_coordinator.core import apply, records, views
+from herder_coordinator.core import apply, records, shares, views
 from herder_coordinator.core.room import Ends
 from herder_coordinator.core.state import OUTCOMES, Feed, Spent, State, Task
 from herder_shared.ids import JobId
@@ -61,6 +61,8 @@ def replay(state: State, record: records.Record) -> None:
             apply.set_drain(state, record.node, record.on)
         case records.KeysRevoked():
             apply.revoke(state, record.keys)
+        case records.SharesKept():
+            shares.restore(state, record)
         case records.WorkloadDemoted():
             apply.demote(state, record.workload, record.reason, record.spec)
         case _:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from herder_coordinator.core import records
+from herder_coordinator.core import records, shares
 from herder_coordinator.core.ends import account
 from herder_coordinator.core.records import Record
 from herder_coordinator.core.room import shelved_items
@@ -42,6 +42,9 @@ def snapshot(state: State, *, goes_on: bool = False) -> Iterator[Record]:
     for workload, kept in state.workloads.items():
         if kept.demoted:
             yield records.WorkloadDemoted(workload, kept.demoted, None if kept.jobs else kept.spec)
+    account = shares.kept(state)
+    if account.owners or account.jobs:
+        yield account
     for job in state.jobs.values():
         if job.paused or job.priority != job.spec.options.priority:
             yield records.JobChanged(job.id, job.paused, job.priority)

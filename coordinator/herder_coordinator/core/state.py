@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from herder_coordinator.core.records import SharesKept
 from herder_coordinator.core.room import Ends, Room
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
@@ -473,6 +474,9 @@ class State:
     hungry_nodes: dict[NodeName, Node] = field(default_factory=dict)
     #: What each owner has and had of the cores.
     owners: dict[str, Share] = field(default_factory=dict)
+    #: What was recorded of that last, and when.
+    shares_kept: SharesKept | None = None
+    shares_kept_s: float = 0.0
     #: Nodes that are kept for a group's task. No other is chosen before `reserve_s`: none could be.
     reservations: dict[NodeName, Node] = field(default_factory=dict)
     reserve_s: float = 0.0

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from herder_coordinator.core import agents, apply, clients, ends, events, keys, lease, quarantine, ready, replay
+from herder_coordinator.core import agents, apply, clients, ends, events, keys, lease, quarantine, ready, replay, shares
 from herder_coordinator.core.effects import Effect
 from herder_coordinator.core.lease import next_deadline_s
 from herder_coordinator.core.records import Record
@@ -105,6 +105,7 @@ def _tick(turn: Turn) -> None:
         state.unswept = False
         clients.sweep(turn)
     agents.check_leases(turn)
+    shares.note(turn)
     ends.drain_ending(turn)
     ready.recall(turn)
     if quarantine.trust_again(state):
@@ -136,6 +137,7 @@ def finish_replay(state: State, now_s: float) -> list[Effect]:
     apply.forget_recent(state)
     state.restored_values.clear()
     state.unused.clear()
+    shares.begin(state)
     for node in state.nodes.values():
         node.state = AgentState.DISCONNECTED
         node.lease_s = now_s + lease.restart_grace_s(state)

@@ -99,10 +99,10 @@ def test_our_own_stall_is_nobodys_silence(lab: Lab) -> None:
     lab.open()
     lab.node()
     lab.submit(1)
-    lab.now_s += 60.0
+    lab.now_s += 50.0
     assert lab.pass_time(0.5) == []
     assert state_of(lab) is AgentState.READY
-    assert any(seen.kind == "stalled" and seen.value >= 59 for seen in lab.observed)
+    assert any(seen.kind == "stalled" and seen.value >= 49 for seen in lab.observed)
 
 
 def test_a_connection_that_closed_in_our_own_stall_is_no_news(lab: Lab) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from herder_coordinator.core import shares
+from herder_coordinator.core import records, shares
 from herder_coordinator.core.state import UNITS, Policy, Share, new_state
-from herder_shared.ids import Incarnation, JobId
-from support.core_lab import CLIENT, CLUSTER, JOB, Lab, starts, success
+from herder_shared.ids import Incarnation, JobId, NodeName
+from herder_shared.states import Cause, Outcome
+from support.core_lab import CLIENT, CLUSTER, JOB, Lab, failed, starts, success
 
 OTHER = Incarnation("client2")
 JOB2, JOB3 = JobId("job2"), JobId("job3")
@@ -138,9 +139,67 @@ def test_accounts_of_owners_without_jobs_are_forgotten(lab: Lab) -> None:
     assert lab.state.jobs[JOB].owner_share is lab.state.owners["me"]
 
 
-def test_the_account_begins_anew_with_each_life(lab: Lab) -> None:
-    lab.node(cores=4)
+def greedy_lab(lab: Lab) -> None:
+    """I have had eight cores for minutes; you come only now."""
+    lab.node(cores=8)
     lab.open(detached=True)
-    lab.submit(8)
+    lab.submit(100)
+    for _ in range(40):
+        lab.pass_time(10.0)
+        lab.heard("n1")
+
+
+def kept_records(lab: Lab) -> list[records.SharesKept]:
+    return [record for record in lab.records if isinstance(record, records.SharesKept)]
+
+
+@pytest.mark.parametrize("by_snapshot", [True, False], ids=["snapshot", "journal"])
+def test_what_each_had_lately_outlives_the_coordinator(lab: Lab, by_snapshot: bool) -> None:
+    greedy_lab(lab)
+    before = shares.kept(lab.state)
+    # 400 s of 8 cores: of the half-life's 600 s.
+    assert dict(before.owners) == pytest.approx({"me": 8 * UNITS * (1 - 2 ** (-400 / 600))}, abs=shares.GRAIN)
+    lab.now_s += 100_000.0  # how long it was away takes nothing from anybody
+    lab.restart(by_snapshot=by_snapshot)
+    tolerance = shares.GRAIN if by_snapshot else 8 * UNITS * (1 - 2 ** (-shares.KEEP_EVERY_S / 600))
+    assert lab.state.owners["me"].mean == pytest.approx(before.owners[0][1], abs=tolerance)
+    assert lab.state.jobs[JOB].share.mean == lab.state.owners["me"].mean
+    assert lab.state.owners["me"].held == 0  # its agents say so when they are back
     lab.restart(by_snapshot=True)
-    assert lab.state.owners["me"].held == 0
+    assert lab.state.owners["me"].mean == pytest.approx(before.owners[0][1], abs=tolerance)
+    # So the one who had nothing goes first.
+    lab.client(session=11)
+    lab.client(OTHER, owner="you", session=12)
+    lab.open(JOB2, client=OTHER)
+    lab.submit(100, JOB2, client=OTHER)
+    given = [start.job for _, start, _ in starts(lab.node("n2", session=13, cores=3))]
+    assert given == [JOB2] * 3
+
+
+def test_the_account_is_recorded_once_a_minute_and_only_while_it_changes(lab: Lab) -> None:
+    lab.pass_time(300.0)
+    assert kept_records(lab) == []
+    greedy_lab(lab)
+    assert len(kept_records(lab)) == pytest.approx(400 / shares.KEEP_EVERY_S, abs=1)
+    lab.cancel()
+    for attempt in list(lab.state.nodes[NodeName("n1")].attempts):
+        lab.ended(failed(attempt, Cause.CANCELLED, Outcome.CANCELLED, attempt.n - 1))
+    for _ in range(300):
+        lab.pass_time(30.0)
+        lab.heard("n1")
+    assert kept_records(lab)[-1] == records.SharesKept((), ())
+    count = len(kept_records(lab))
+    for _ in range(20):
+        lab.pass_time(30.0)
+        lab.heard("n1")
+    assert len(kept_records(lab)) == count
+
+
+def test_of_many_jobs_those_that_held_most_are_recorded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "JOBS_RECORDED_MAX", 2)
+    for number, job in enumerate((JOB, JOB2, JOB3), start=1):
+        lab.open(job)
+        lab.state.jobs[job].share.mean = float(number * UNITS)
+    assert shares.kept(lab.state).jobs == ((JOB3, 3 * UNITS), (JOB2, 2 * UNITS))
+    shares.restore(lab.state, shares.kept(lab.state))
+    assert [lab.state.jobs[job].share.mean for job in (JOB, JOB2, JOB3)] == [0, 2 * UNITS, 3 * UNITS]

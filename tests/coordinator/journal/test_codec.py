@@ -52,6 +52,7 @@ ONE_OF_EACH: list[records.Record] = [
     records.JobForgotten(JOB),
     records.DrainSet(NodeName("n1"), on=True),
     records.KeysRevoked((Key("5e1a", "agent", "n1"),)),
+    records.SharesKept((("me", 80_000),), ((JOB, 40_000),)),
     records.WorkloadDemoted(WorkloadKey("w1"), "two died"),
     records.JobRestored(Incarnation("client"), "me", SPEC, 5, closed=True),
     records.TasksRestored(JOB, 0, None, (None, TaskItem(Payload(b"args"))), "", b"\1\0"),
@@ -79,6 +80,10 @@ def test_the_encoded_form_is_the_one_that_older_versions_wrote() -> None:
     assert (
         encode_batch(1, [records.KeysRevoked((Key("5e", "agent", "n"),))])[12:]
         == b"\x91\x92\xabKeysRevoked\x91\x83\xa6serial\xa25e\xa4role\xa5agent\xa4name\xa1n"
+    )
+    assert (
+        encode_batch(1, [records.SharesKept((("me", 9),), ((JobId("j"), 8),))])[12:]
+        == b"\x91\x93\xaaSharesKept\x91\x92\xa2me\x09\x91\x92\xa1j\x08"
     )
 
 
