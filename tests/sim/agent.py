@@ -417,6 +417,8 @@ class Life:
 
     def _run_on(self, task: Task) -> None:
         order, faults = task.order, self.agent.faults
+        if self.agent.history.plans[order.attempt.job].is_endless:
+            return
         seconds = self.world.random.expovariate(1 / faults.task_s)
         if order.options.timeout_s is not None and self.world.chance(faults.overruns):
             seconds += 1e6

@@ -197,9 +197,11 @@ class Client:
         count = random.randint(0, faults.tasks)
         pieces = []
         while count:
-            pieces.append(count if self.world.chance(0.3) else random.randint(1, count))
+            most = min(count, 2) if faults.near else count
+            pieces.append(most if self.world.chance(0.3) else random.randint(1, most))
             count -= pieces[-1]
         plan = self.history.plans[job] = Plan(spec)
+        plan.is_endless = faults.endless > 0 and not spec.detached and self.world.chance(faults.endless)
         own = Job(self, plan, pieces, random.choice(FUNCTIONS))
         self.jobs.append(own)
 
@@ -234,6 +236,8 @@ class Client:
             if not job.is_closed:
                 job.is_closed = True
                 self.connection.close_job(job.track)
+                if job.plan.is_endless:
+                    self._cancel_each(job)
         if all(job.is_closed for job in self.jobs):
             self._leave_when_done()
         else:
@@ -291,11 +295,28 @@ class Client:
         count = index if on is job else len(on.plan.items)
         if not count or on.track is None or on.is_lost:
             return []
-        key = (on.id, random.randrange(count))
+        key = (on.id, random.randrange(max(0, count - 6) if self.faults.near else 0, count))
         if key[1] in on.ends:
             return []
         self.connection.claim(*key)
         return [key]
+
+    def _cancel_each(self, job: Job) -> None:
+        """One after the other, a few at a time, some of them twice."""
+        random = self.world.random
+        indices = list(range(len(job.plan.items)))
+        random.shuffle(indices)
+        job.plan.cancels = True
+        while indices:
+            some = tuple(indices[: random.randint(1, 3)])
+            del indices[: len(some)]
+            if self.world.chance(0.3):
+                self.world.after(random.random() * 0.5, self._cancel, job, some, False)
+            self.world.after(random.random() * 0.5, self._cancel, job, some, True)
+
+    def _cancel(self, job: Job, indices: tuple[int, ...], running: bool) -> None:
+        if not self.is_dead and not self.is_leaving:
+            self.connection.cancel(job.id, indices, running=running)
 
     def cancel_something(self) -> None:
         job = self.world.random.choice(self.jobs)

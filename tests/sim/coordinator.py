@@ -203,6 +203,8 @@ class Coordinator:
         self.zombies: list[Life] = []
         self.program = new_program(world, "coordinator")
         self.start()
+        if faults.busy_s:
+            self._be_busy()
 
     @property
     def is_up(self) -> bool:
@@ -315,6 +317,14 @@ class Coordinator:
     def fill_disk(self, seconds: float) -> None:
         """Nothing can be written for a while."""
         self.storage.full_until_s = max(self.storage.full_until_s, self.world.now_s + seconds)
+
+    def _be_busy(self) -> None:
+        """It has so much to do that it takes in what has come only now and then, all of it at once."""
+        world, busy_s = self.world, self.faults.busy_s
+        if busy_s:
+            if self.life is not None:
+                self.program.halt(world.random.random() * busy_s)
+            world.after(world.random.random() * 2 * busy_s, self._be_busy)
 
     def stall(self, seconds: float) -> None:
         """SIGSTOP."""

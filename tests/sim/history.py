@@ -39,6 +39,8 @@ class Plan:
     cancelled_indices: set[int] = field(default_factory=set)
     #: Its client asked for some cancellation.
     cancels: bool = False
+    #: Its tasks run until they are cancelled, and its client cancels each of them.
+    is_endless: bool = False
     #: Its client died, or left it behind.
     is_abandoned: bool = False
 

@@ -185,6 +185,8 @@ class Cable:
     #: Nothing passes any more, and nobody has been told.
     is_silent: bool = False
     is_broken: bool = False
+    #: Nothing that is under way arrives before.
+    late_s: float = 0.0
     ends: list[End] = field(default_factory=list)
 
     def carry(self, end: End, deliver: Callable[..., None], what: Any) -> None:
@@ -193,6 +195,8 @@ class Cable:
         if self.is_silent or self.is_broken:
             return
         world = network.world
+        if network.ambush is not None and end.is_dialler and type(what) is not bool and b"Sync" in what[4:12]:
+            world.at(0.0, network.ambush, self)
         due_s = world.now_s + world.random.random() * network.delay_s
         end._free_s = due_s = max(due_s, end._free_s + 1e-6)
         world.at(due_s, self._arrive, end, deliver, what)
@@ -200,28 +204,48 @@ class Cable:
     def _arrive(self, end: End, deliver: Callable[..., None], what: Any) -> None:
         if self.is_silent or (self.is_broken and not self.network.is_late):
             return
+        if self.late_s > self.network.world.now_s:
+            self.network.world.at(self.late_s, self._arrive, end, deliver, what)
+            return
         blocked = self.network.blocked.get((self.host, end.is_dialler))
         if blocked is not None:
             blocked.append((self, end, deliver, what))
             return
         deliver(what)
 
-    def break_off(self) -> None:
-        """Both ends learn of it, each in its own time; what is under way is lost."""
+    def break_off(self, late_s: float = 0.0) -> None:
+        """Both ends learn of it, each in its own time; what is under way is lost, or late."""
         self.is_broken = True
+        self.hold_up()
+        self.late_s = max(self.late_s, late_s)
+        world = self.network.world
         for end in self.ends:
-            self.network.world.after(self.network.world.random.random() * 0.2, end.reset)
+            wait_s = world.random.random() * 0.2
+            world.at(wait_s + (world.now_s if end.is_dialler else max(world.now_s, self.late_s)), end.reset)
+
+    def hold_up(self) -> None:
+        """Its last words, and that they are the last, stay for a while in buffers on their way."""
+        if self.network.tail_s:
+            self.late_s = self.network.world.now_s + self.network.world.random.random() * self.network.tail_s
 
 
 class Network:
     """Connections between coordinators and who dials them."""
 
-    def __init__(self, world: World, delay_s: float, *, doubles: bool, is_late: bool) -> None:
+    def __init__(
+        self, world: World, delay_s: float, *, doubles: bool, is_late: bool, tail_s: float = 0.0, flaps: float = 0.0
+    ) -> None:
         self.world = world
         self.delay_s = delay_s
+        #: For up to so long the last words of a connection may be late.
+        self.tail_s = tail_s
+        #: How many connections break as soon as something has been said.
+        self.flaps = flaps
         self.doubles = doubles
         #: What was under way when a connection broke still arrives.
         self.is_late = is_late
+        #: Told of each connection on which an agent has just sent its inventory.
+        self.ambush: Callable[[Cable], None] | None = None
         self.cables: list[Cable] = []
         #: What waits for the end of a partition, by dialler's host and whether the dialler sent it.
         self.blocked: dict[tuple[str, bool], list[tuple[Cable, End, Callable[..., None], Any]]] = {}
@@ -269,6 +293,8 @@ class Network:
         cable.ends = [near, far]
         self.cables = [each for each in self.cables if not (each.is_broken or each.ends[0].is_over)]
         self.cables.append(cable)
+        if self.flaps and self.world.chance(self.flaps):
+            self.world.after(self.world.random.random() * (4 * self.delay_s + 0.1), cable.break_off)
         listener.call_soon(self._made, far, accept, identity, None)
         program.call_soon(self._made, near, factory, coordinator, refused)
 
@@ -298,6 +324,7 @@ class Network:
                 if end.program is program:
                     if tells and not end.is_over:
                         end.is_over = True
+                        cable.hold_up()
                         cable.carry(end, end.other.ended, True)
                     elif not tells:
                         cable.is_silent = True
@@ -317,6 +344,8 @@ class Network:
 
     def mend(self) -> None:
         """Peace: partitions end, and connections that are silent are noticed to be."""
+        self.tail_s = self.flaps = 0.0
+        self.ambush = None
         for host, _ in list(self.blocked):
             self.heal(host)
         for cable in self.cables:

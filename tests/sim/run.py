@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import Any
@@ -17,7 +17,7 @@ from sim.agent import Agent
 from sim.client import Client
 from sim.coordinator import Coordinator
 from sim.history import History, Violation
-from sim.network import Network, plain_wire
+from sim.network import Cable, Network, plain_wire
 from sim.world import World
 
 #: Virtual seconds of faults, and then of peace, in which all must come to an end: longer than every lease and grace.
@@ -47,11 +47,82 @@ _ENDS = (
     "disk_errors",
     "full_disks",
     "blob_losses",
+    "busy_s",
+    "ambushes",
     "overruns",
     "start_failures",
     "template_failures",
     "template_deaths",
 )
+
+
+#: How many histories have one of these themes, and what of the mix it sets, to one of which values each.
+THEMED = 0.3
+THEMES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "late-words": {  # an agent's older connection speaks when the newer one has begun to
+        "is_late": (True,),
+        "tail_s": (0.5, 3.0),
+        "flaps": (0.3, 0.6),
+        "busy_s": (0.0, 0.3, 1.0, 3.0),
+        "links": (0.0, 0.3),
+        "agent_kills": (0.0, 0.3),
+        "delay_s": (0.01, 0.05, 0.3),
+        "task_s": (0.01, 0.5, 2.0),
+    },
+    "stale-inventory": {  # and one that it had begun to say what it has, when it was overtaken
+        "is_late": (True,),
+        "ambushes": (0.7,),
+        "links": (0.05, 0.1),
+        "delay_s": (0.01, 0.05),
+        "sync_s": (0.001, 0.02),
+        "near": (True,),
+        "task_s": (1.0, 3.0),
+        "pause_s": (1.0, 2.0),
+        "tasks": (15, 30),
+    },
+    "early-acks": {  # ends are acknowledged while what depends on them is on its way
+        "dependencies": (0.4, 0.7),
+        "blobs": (0.1, 0.5),
+        "near": (True,),
+        "tasks": (20, 40),
+        "task_s": (0.5, 1.5),
+        "pause_s": (2.0,),
+        "delay_s": (0.3, 1.0),
+        "sync_s": (0.001, 0.02),
+        "client_links": (0.0, 0.3),
+        "flaps": (0.0, 0.3),
+        "coordinator_crashes": (0.4, 0.8),
+        "full_disks": (0.0, 0.1),
+    },
+    "old-lives": {  # a coordinator that was stopped goes on, after another has begun or not
+        "takeovers": (0.0, 0.15),
+        "coordinator_stalls": (0.0, 0.15),
+        "links": (0.0, 0.3),
+        "client_links": (0.0, 0.3),
+        "agent_losses": (0.0, 0.05),
+        "lease_s": (4.0, 10.0),
+        "task_s": (0.5, 3.0),
+        "tasks": (6, 15),
+        "pause_s": (1.0, 5.0),
+    },
+    "lapses": {  # an agent was given up, and comes back with what it runs
+        "partitions": (0.1, 0.2),
+        "agent_stops": (0.0, 0.2),
+        "lease_s": (4.0,),
+        "task_s": (3.0, 10.0),
+        "tasks": (6, 15),
+        "pause_s": (0.05, 1.0),
+    },
+    "endless": {  # what is cancelled would run on for ever
+        "endless": (0.5, 1.0),
+        "tasks": (6, 15),
+        "delay_s": (0.05, 0.3),
+        "pause_s": (0.05, 1.0),
+        "client_links": (0.0, 0.3, 0.6),
+        "flaps": (0.0, 0.5),
+        "coordinator_crashes": (0.0, 0.1, 0.3),
+    },
+}
 
 
 @dataclass
@@ -101,6 +172,16 @@ class Faults:
     overruns: float
     leftovers: float
     waits: float
+    #: The last words of connections are late by up to so many seconds; connections that break at once; the coordinator
+    #: is busy for up to so many seconds at a time; jobs whose tasks end only when they are cancelled.
+    tail_s: float = field(default=0.0, kw_only=True)
+    flaps: float = field(default=0.0, kw_only=True)
+    busy_s: float = field(default=0.0, kw_only=True)
+    #: How many inventories of agents are overtaken by a newer connection.
+    ambushes: float = field(default=0.0, kw_only=True)
+    endless: float = field(default=0.0, kw_only=True)
+    #: Tasks are submitted in small pieces, and depend on what was submitted last, which still runs.
+    near: bool = field(default=False, kw_only=True)
     #: Invariants and the journal are looked at throughout, which is dear.
     is_checked: bool
 
@@ -163,6 +244,21 @@ class Faults:
             revocations=0.1 * own.random() if (own := Random(f"{world.seed} keys")).random() < 0.15 else 0.0,
         )
 
+    def concentrate(self, seed: int, theme: str) -> None:
+        """Some histories have a theme: of what it takes to show one kind of bug they have much, and of the rest little.
+        It is drawn apart, so that the other histories stay what they were when a theme is added. `theme`: this one."""
+        swarm = Random(f"whether {seed}")
+        if swarm.random() >= THEMED and not theme:
+            return
+        theme = theme or swarm.choice(list(THEMES))
+        swarm = Random(f"{theme} {seed}")
+        if swarm.random() < 0.7:
+            for name in (*_ENDS, "exceptions", "signals", "deadlocks", "memory_hogs", "leftovers", "waits"):
+                setattr(self, name, 0.0)
+        for name, values in THEMES[theme].items():
+            setattr(self, name, swarm.choice(values))
+        self.heartbeat_s = self.lease_s / 4
+
     def end(self) -> None:
         """Peace."""
         for name in _ENDS:
@@ -171,12 +267,20 @@ class Faults:
 
 
 class Simulation:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, theme: str) -> None:
         self.world = world = World(seed)
         self.history = History()
         self.faults = faults = Faults.draw(world)
+        faults.concentrate(seed, theme)
         random = world.random
-        self.network = Network(world, faults.delay_s, doubles=faults.doubles, is_late=faults.is_late)
+        self.network = Network(
+            world,
+            faults.delay_s,
+            doubles=faults.doubles,
+            is_late=faults.is_late,
+            tail_s=faults.tail_s,
+            flaps=faults.flaps,
+        )
         self.coordinator = Coordinator(world, self.network, self.history, faults)
         # One node has an even number of cores, so that every request can be met.
         cores = [2, *(random.randint(1, 4) for _ in range(random.choice([0, 1, 1, 2, 3])))]
@@ -220,8 +324,25 @@ class Simulation:
         at_times(faults.coordinator_stalls, self.coordinator.stall, 3 * faults.lease_s)
         at_times(faults.takeovers, self._take_over, 2 * faults.lease_s)
         at_times(faults.full_disks, self.coordinator.fill_disk, 10)
+        if faults.ambushes:
+            self.network.ambush = self._ambush
         if faults.vanishing:
             world.at(start_s + random.random() * CHAOS_S, self.clients[-1].kill)
+
+    def _ambush(self, cable: Cable) -> None:
+        """An inventory is late, its connection gone and a newer one there when the coordinator, which was busy, looks:
+        of the same agent process, or of the next."""
+        world = self.world
+        agent = next(agent for agent in self.agents if agent.node.name == cable.host)
+        if agent.life is None or not agent.life.state.attempts or self.coordinator.life is None:
+            return  # it would say that it has nothing
+        if not world.chance(self.faults.ambushes):
+            return
+        wait_s = 0.3 + world.random.random()
+        cable.break_off(late_s=world.now_s + wait_s)
+        self.coordinator.stall(wait_s + world.random.random())
+        if world.chance(0.3):
+            agent.kill(0.1)
 
     def _take_over(self, seconds: float) -> None:
         if self.faults.disconnect_grace_s <= 2 * self.faults.lease_s:  # clients may take that long to leave a zombie
@@ -343,8 +464,8 @@ class Simulation:
                     raise Violation(f"{job.id}: client {client.name} was never told how {missing} ended")
 
 
-def simulate(seed: int) -> History:
-    """Run one history.
+def simulate(seed: int, theme: str = "") -> History:
+    """Run one history; with `theme`, that of the seed which has this one.
 
     Raises:
         AssertionError: a promise or an invariant was broken. The seed reproduces it.
@@ -355,7 +476,7 @@ def simulate(seed: int) -> History:
     gc.disable()  # a world is one large cycle: looking for garbage in it is a fifth of the time, and finds none
     try:
         with plain_wire():
-            simulation = Simulation(seed)
+            simulation = Simulation(seed, theme)
             try:
                 return simulation.run()
             finally:

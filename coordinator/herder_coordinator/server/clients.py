@@ -78,6 +78,11 @@ class Clients:
     def opened(self, link: Link, node: NodeName | None = None, attempt: AttemptId | None = None) -> None:
         """A client said hello and was welcomed. `attempt`: it is the task's own that runs as this, says its node."""
         client = _ClientLink(link, link.hello.incarnation)
+        older = self._by_client.get(client.client)
+        if older is not None:
+            # Mostly it is dead and nobody has noticed. If it is the newer one, and this one's hello came late, its
+            # client connects again: it must not wait at a link on which nothing is said any more.
+            older.link.close("another connection of this client replaced it")
         self._links[link] = client
         self._by_client[client.client] = client
         owner = link.hello.owner or link.peer.name

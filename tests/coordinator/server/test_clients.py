@@ -178,6 +178,18 @@ def test_a_node_is_drained_and_used_again(authority: Authority, tmp_path: Path, 
     run(go())
 
 
+def test_of_two_links_of_one_client_the_older_is_ended(authority: Authority, tmp_path: Path, run: Run) -> None:
+    async def go() -> None:
+        async with (
+            coordinating(authority, tmp_path) as running,
+            client_of(authority, running.address) as client,
+            client_of(authority, running.address),
+        ):
+            await linked_again(client)
+
+    run(go())
+
+
 def test_a_goodbye_cancels_what_is_not_detached(authority: Authority, tmp_path: Path, run: Run) -> None:
     async def go() -> None:
         async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
