@@ -459,10 +459,13 @@ class Client(View):
         if not answer.jobs:
             raise JobNotFound(f"there is no job {id!r}, or it has been forgotten: `herder jobs` lists them")
         found = answer.jobs[0]
+        here = self._connection.sink_of(job)
+        if here is not None and isinstance(here[1], Record) and here[1].is_held:
+            # Followed here already: what came is shown by both.
+            return Job(self._connection, here[0], here[1], found.name, cancel_running=True)
         record = Record("command" if found.workload_kind == "command" else "python")
         track = self._connection.observe_job(job, record)
-        record.submitted_count = found.tasks
-        record.total = found.tasks
+        record.submitted_count = record.total = max(found.tasks, track.submitted_count)
         return Job(self._connection, track, record, found.name, cancel_running=True)
 
     def jobs(self) -> tuple[JobInfo, ...]:

@@ -154,13 +154,22 @@ class Connection(Conversation):
         return track
 
     def observe_job(self, job: JobId, sink: Sink) -> Track:
-        """Follow a job that somebody else submitted, or this user in another session."""
+        """Follow a job that somebody else submitted, or this user in another session, or this client itself: then what
+        it has been told already is not told again."""
         self.check_usable()
-        track = Track(job, sink, None)
         with self._lock:
-            self._tracks[job] = track
-        self._later(partial(self._say, Attach(job, 0)))
+            track = self._tracks.get(job)
+            is_ours = track is not None and not track.is_observer
+            if track is None or not is_ours:
+                track = self._tracks[job] = Track(job, sink, None)
+        self._later(partial(self._share, track, sink) if is_ours else partial(self._say, Attach(job, 0)))
         return track
+
+    def sink_of(self, job: JobId) -> tuple[Track, Sink] | None:
+        """Who follows this job here, if anybody does."""
+        with self._lock:
+            track = self._tracks.get(job)
+        return (track, track.sink) if track is not None else None
 
     def submit(self, track: Track, batch: Batch, admit: Callable[[int], None]) -> None:
         """Take the batch as the job's next tasks; `admit(first)` is called with the first one's index before any event

@@ -36,7 +36,7 @@ from herder.fetches import Fetches
 from herder.outbox import Batch, Cancel, Close, Outbox
 from herder.payload import PYTHON_TAG
 from herder.questions import Question, Questions, error_named
-from herder.tracks import Track
+from herder.tracks import Shared, Sink, Track
 from herder_shared.errors import HerderError, Unreachable
 from herder_shared.ids import ClusterId, Incarnation, JobId
 from herder_shared.limits import PROTOCOL_VERSION, UNACKED_SUBMIT_BYTES_MAX
@@ -254,9 +254,9 @@ class Conversation:
         for track in self._tracks.values():
             if track.is_observer or self._outbox.is_opened(track.job):
                 link.send(Attach(track.job, track.ackable))
+        self._flush()
         for question in self._questions.again():
             link.send(question)
-        self._flush()
         self._ack_soon()
 
     def closed(self, link: Link, error: HerderError | None) -> None:
@@ -458,6 +458,13 @@ class Conversation:
                 unsaid += self._outbox.forget(track.job)
         self._acknowledged(unsaid)
 
+    def _share(self, track: Track, sink: Sink) -> None:
+        """Another one follows a job of ours, from now on."""
+        sink.miss(sorted(track.sink.ended_among(track.submitted_count)))
+        if track.error is not None:
+            sink.lost(0, track.error)
+        track.sink = Shared(track.sink, sink)
+
     def _follow(self, track: Track) -> None:
         with self._lock:
             self._tracks[track.job] = track
@@ -468,6 +475,7 @@ class Conversation:
         self._ack_soon()
 
     def _ask(self, question: Question, answered: concurrent.futures.Future[Answer]) -> None:
+        self._flush()  # it may be about what was submitted before it
         self._say(self._questions.ask(question, answered))
 
     # --- loss and end -------------------------------------------------------------------------------------------------

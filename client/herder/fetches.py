@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ Fetched = Callable[[bytes | None], None]
 
 @dataclass(slots=True)
 class _Fetch:
-    content: bytearray = field(default_factory=bytearray)
+    #: Gives its bytes without another copy of them, which for gigabytes would stop the loop for seconds.
+    content: io.BytesIO = field(default_factory=io.BytesIO)
     received_bytes: int = 0
     waiting: list[Fetched] = field(default_factory=list)
     is_asked: bool = False
@@ -53,11 +55,11 @@ class Fetches:
         fetch = self._fetches.get(chunk.id)
         if fetch is None or chunk.offset != fetch.received_bytes or not 0 <= chunk.total <= BLOB_BYTES_MAX:
             return []
-        fetch.content += chunk.data
+        fetch.content.write(chunk.data)
         fetch.received_bytes += len(chunk.data)
         if fetch.received_bytes >= chunk.total:
             del self._fetches[chunk.id]
-            content = bytes(fetch.content)
+            content = fetch.content.getvalue()
             for fetched in fetch.waiting:
                 fetched(content)
         return [BlobStored(chunk.id, fetch.received_bytes)]

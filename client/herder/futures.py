@@ -10,7 +10,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from herder.outcomes import Kind, TaskLogs, TaskUsage, is_cancelled, logs_of, outcome_of, usage_of
@@ -340,6 +340,13 @@ class Submissions:
             future = self._futures.pop(end.index, None)
             if future is not None:
                 guard(future.finish, end)
+
+    def ended_among(self, count: int) -> set[int]:
+        """Sink."""
+        return set(range(count)).difference(list(self._futures))
+
+    def miss(self, indices: Iterable[int]) -> None:
+        """Sink: it is the first of its job."""
 
     def reset(self, indices: Sequence[int]) -> None:
         """Sink. A future that is done stays so: `client.job(...)` follows what is run again."""

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import msgspec
 from herder.futures import Future, error_for, guard
 from herder.outcomes import Kind, TaskLogs, is_cancelled, logs_of, outcome_of
 from herder.turnstile import Patience
-from herder_shared.errors import HerderError, JobNotFound
+from herder_shared.errors import DataLost, HerderError, JobNotFound
 from herder_shared.ids import task_id
 from herder_shared.states import Outcome
 from herder_shared.wire.messages import ChangeJob, Query, RetryFailed, TaskEnd
@@ -82,6 +82,8 @@ class Record:
         self._lost_from: int | None = None
         self._lost_error: HerderError | None = None
         self._futures: weakref.WeakValueDictionary[int, Future[Any]] = weakref.WeakValueDictionary()
+        #: One for each `Job` that shows it.
+        self._holders: list[None] = []
         self._is_abandoned = False
 
     # --- the connection's side ----------------------------------------------------------------------------------------
@@ -145,6 +147,27 @@ class Record:
             else:
                 guard(future.fail, error_for(error, future.task_id))
 
+    def ended_among(self, count: int) -> set[int]:  # noqa: ARG002  # all that ended
+        """Sink."""
+        with self.changed:
+            return set(self.order)
+
+    def miss(self, indices: Iterable[int]) -> None:
+        """Sink."""
+        text = "its result went to this client's own future, or to its own Job: ask that"
+        failed: list[tuple[Future[Any], DataLost]] = []
+        with self.changed:
+            for index in indices:
+                self._local[index] = error = DataLost(text)
+                self.outcome_counts[Outcome.LOST] += 1
+                self.order.append(index)
+                future = self._futures.get(index)
+                if future is not None:
+                    failed.append((future, error))
+            self.changed.notify_all()
+        for future, error in failed:
+            guard(future.fail, error)
+
     # --- the feeder's side --------------------------------------------------------------------------------------------
 
     def end_locally(self, index: int, error: BaseException | None) -> None:
@@ -163,6 +186,22 @@ class Record:
             self.changed.notify_all()
 
     # --- the user's side ----------------------------------------------------------------------------------------------
+
+    def hold(self) -> bool:
+        """One more shows it. False: too late, results have been thrown away."""
+        self._holders.append(None)
+        return not self._is_abandoned
+
+    def let_go(self) -> None:
+        """One less. Takes no lock: the garbage collector calls it."""
+        self._holders.pop()
+        if not self._holders:
+            self.abandon()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it shows all there is, and somebody has it."""
+        return bool(self._holders) and not self._is_abandoned
 
     def abandon(self) -> None:
         """Nobody will ask for results any more. Takes no lock: the garbage collector calls it."""
@@ -333,7 +372,8 @@ class Job:
         self._record = record
         self._cancel_running = cancel_running
         self.name = name
-        weakref.finalize(self, record.abandon).atexit = False
+        record.hold()
+        weakref.finalize(self, record.let_go).atexit = False
 
     @property
     def id(self) -> str:

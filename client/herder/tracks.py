@@ -9,7 +9,7 @@ comes first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from herder_shared.errors import HerderError
@@ -31,6 +31,48 @@ class Sink(Protocol):
 
     def lost(self, first: int, error: HerderError | None) -> None:
         """Tasks from `first` on that have not ended will get no end: `error` says why, None that they are cancelled."""
+
+    def ended_among(self, count: int) -> set[int]:
+        """Those of the first `count` tasks that have ended, as far as was told here."""
+
+    def miss(self, indices: Iterable[int]) -> None:
+        """These tasks ended before this sink came, and how was told to another alone."""
+
+
+class Shared:
+    """The sink of a job that is followed from two places in this process, each with its own record of it."""
+
+    def __init__(self, first: Sink, second: Sink) -> None:
+        self._sinks = (first, second)
+
+    def started(self, tasks: Sequence[tuple[int, NodeName]]) -> None:
+        """Sink."""
+        for sink in self._sinks:
+            sink.started(tasks)
+
+    def ended(self, ends: Sequence[TaskEnd]) -> None:
+        """Sink."""
+        for sink in self._sinks:
+            sink.ended(ends)
+
+    def reset(self, indices: Sequence[int]) -> None:
+        """Sink."""
+        for sink in self._sinks:
+            sink.reset(indices)
+
+    def lost(self, first: int, error: HerderError | None) -> None:
+        """Sink."""
+        for sink in self._sinks:
+            sink.lost(first, error)
+
+    def ended_among(self, count: int) -> set[int]:
+        """Sink."""
+        return self._sinks[0].ended_among(count)
+
+    def miss(self, indices: Iterable[int]) -> None:
+        """Sink."""
+        for sink in self._sinks:
+            sink.miss(indices)
 
 
 class Track:

@@ -693,6 +693,66 @@ def test_job_is_found_again_by_its_id(client: herder.Client, coordinator: FakeCo
             other.job("0" * 16)
 
 
+def test_a_question_does_not_overtake_what_was_submitted_before_it(client: herder.Client) -> None:
+    connection = client._connection
+    is_free = threading.Event()
+
+    def hold() -> None:  # so that all of it is taken in in one turn
+        is_free.wait(10)
+
+    connection._later(hold)
+    job = client.array(square, range(3))
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(job.status().tasks))
+    asking.start()
+    before = len(connection._intake)
+    deadline_s = time.monotonic() + 10
+    while len(connection._intake) < 3:
+        assert time.monotonic() < deadline_s, before
+        time.sleep(0.001)
+    is_free.set()
+    asking.join()
+    assert answers == [3]
+
+
+def test_who_asks_for_his_own_job_takes_nothing_from_those_that_wait_for_it(
+    client: herder.Client, coordinator: FakeCoordinator
+) -> None:
+    coordinator.hold = True
+    array, future = client.array(square, range(3)), client.submit(square, 4)
+    shown, lane = client.job(array.id), client.job(future.job_id)
+    late = client.submit(square, 5)
+    coordinator.hold = False
+    coordinator.release()
+    assert list(array.results(10)) == list(shown.results(10)) == [0, 1, 4]
+    assert (future.result(10), late.result(10)) == (16, 25)
+    assert lane.future(0).result(10) == 16
+    del array
+    assert list(shown.results(10)) == [0, 1, 4]
+
+
+def test_who_asks_for_his_own_job_late_is_told_where_its_results_are(
+    client: herder.Client, coordinator: FakeCoordinator
+) -> None:
+    assert client.submit(square, 4).result(10) == 16
+    coordinator.hold = True
+    running = client.submit(square, 5)
+    lane = client.job(running.job_id)
+    with pytest.raises(herder.DataLost, match="own future"):
+        lane.future(0).result(10)
+    coordinator.release()
+    assert running.result(10) == lane.future(1).result(10) == 25
+
+
+def test_a_job_of_others_may_be_asked_for_twice(client: herder.Client, coordinator: FakeCoordinator) -> None:
+    coordinator.hold = True
+    job = client.array(square, range(3))
+    with herder.Client(profile=coordinator.profile()) as other:
+        first, second = other.job(job.id), other.job(job.id)
+        coordinator.release()
+        assert list(first.results(10)) == list(second.results(10)) == [0, 1, 4]
+
+
 def test_commands(client: herder.Client, coordinator: FakeCoordinator) -> None:
     completed = client.command(["echo", Path("/x"), "b"], env={"A": "1"}).result(10)
     assert (completed.returncode, completed.text()) == (0, "echo /x b")

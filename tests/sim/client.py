@@ -4,7 +4,7 @@ cancels, leaves, dies and attaches again."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,6 +121,12 @@ class Job:
         if error is not None and not self.client.may_lose(self, error):
             raise Violation(f"client {self.client.name} is told that {self.id} from {first} on is lost: {error}")
         self.is_lost = True
+
+    def ended_among(self, count: int) -> set[int]:
+        return {index for index in self.ends if index < count}
+
+    def miss(self, indices: Iterable[int]) -> None:
+        raise Violation(f"{self.id}: a watcher's job is its own: {list(indices)}")
 
 
 class Client:

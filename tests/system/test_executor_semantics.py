@@ -533,6 +533,17 @@ def test_shutdown_cancels_what_waits_and_never_kills_what_runs(cluster: herder.L
     assert all(each.cancelled() for each in waiting)
 
 
+def test_who_looks_for_his_own_job_still_gets_his_results(client: herder.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    future, array = client.submit(wait_for_file, str(gate)), client.array(wait_for_file, [str(gate)])
+    shown = [client.job(each).status().tasks for each in (future.job_id, array.id) for _ in range(2)]
+    assert min(shown) >= 1
+    again = client.job(array.id)
+    gate.touch()
+    expected = future.result(60)
+    assert list(array.results(60)) == list(again.results(60)) == [expected]
+
+
 def test_job_is_found_by_another_client(cluster: herder.LocalCluster, client: herder.Client) -> None:
     job = client.array(square, range(4), name="found")
     assert job.wait(30)
