@@ -45,10 +45,12 @@ class Workload:
     setup: Callable[[], Any] | str | None = None
     #: Seconds.
     setup_timeout: float = 600
-    #: Interpreter on the nodes; None is the agent's own.
-    python: str | None = None
+    #: Interpreter on the nodes: a path, or a name that is looked up there; None is the agent's own. A relative path is
+    #: taken from the client's current folder at submit, and so must exist there.
+    python: str | os.PathLike[str] | None = None
     prologue: str | None = None
     env: Mapping[str, str] | None = None
+    #: A folder on the nodes; a relative one as with `python`.
     working_dir: str | os.PathLike[str] | None = None
     #: None reuses children without limit. "auto" is one task a child, unless each child had to run `setup` itself.
     max_tasks_per_child: int | Literal["auto"] | None = "auto"
@@ -72,6 +74,8 @@ class Workload:
             if not isinstance(module, str) or not _MODULE.fullmatch(module):
                 raise ValueError(f"preload: {module!r} is not the name of a module")
         _check_setup(self.setup)
+        for name in ("python", "working_dir"):
+            _check_path(name, getattr(self, name))
         if not self.setup_timeout > 0:
             raise ValueError(f"setup_timeout must be more than 0 s, not {self.setup_timeout!r}")
         if self.max_tasks_per_child != "auto":
@@ -91,6 +95,7 @@ class Workload:
 
         Raises:
             NotSerializable: `setup` cannot be pickled.
+            ValueError: `python` or `working_dir` is a relative path to what is not here.
         """
         setup, setup_import, setup_name, code_by_value = None, None, "", False
         if kind == "python" and self.setup is not None:
@@ -112,10 +117,10 @@ class Workload:
             setup_import=setup_import,
             setup_name=setup_name,
             setup_timeout_s=float(self.setup_timeout),
-            python=self.python,
+            python=_interpreter(self.python),
             prologue=self.prologue,
             env=dict(self.env or {}),
-            working_dir=None if self.working_dir is None else os.fspath(self.working_dir),
+            working_dir=None if self.working_dir is None else _from_here("working_dir", self.working_dir),
             paths=user_code_paths() if kind == "python" else (),
             max_tasks_per_child=self._tasks_max() if kind == "python" else 1,
             warm=self.warm,
@@ -168,6 +173,45 @@ def _check_name(name: str | None) -> None:
         raise TypeError(f"name must be a text, not {name!r}")
     if not name or len(name) > NAME_CHARS_MAX or not name.isprintable():
         raise ValueError(f"name must have 1 to {NAME_CHARS_MAX} printable characters, not {name!r}")
+
+
+def _check_path(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name} must be a path, as a text or a Path, not {value!r}")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ValueError(f"{name}={value!r} is not a path")
+
+
+def _interpreter(python: str | os.PathLike[str] | None) -> str | None:
+    """As the nodes find it: a bare name on their PATH, a path from the root."""
+    if python is None or (isinstance(python, str) and "/" not in python):
+        return python
+    return _from_here("python", python)
+
+
+def _from_here(name: str, value: str | os.PathLike[str]) -> str:
+    """A path that means the same everywhere. Links are kept: a virtual environment's interpreter is one.
+
+    Raises:
+        ValueError: it is relative, and there is no such thing here.
+    """
+    path = os.path.expanduser(os.fspath(value))
+    if os.path.isabs(path):
+        return path
+    here = os.path.abspath(path)
+    if name == "python" and not os.access(here, os.X_OK):
+        raise ValueError(
+            f"python={os.fspath(value)!r}: there is no interpreter {here}. A relative path is taken from the client's "
+            "current folder; for one that only the nodes have, give the path from the root"
+        )
+    if name == "working_dir" and not os.path.isdir(here):
+        raise ValueError(
+            f"working_dir={os.fspath(value)!r}: there is no folder {here}. A relative path is taken from the client's "
+            "current folder; for one that only the nodes have, give the path from the root"
+        )
+    return here
 
 
 def _check_setup(setup: object) -> None:

@@ -33,6 +33,9 @@ from herder_shared.errors import NotSerializable
         ({"name": "x" * 300}, "name"),
         ({"name": ""}, "name"),
         ({"name": "a\nb"}, "name"),
+        ({"python": 3.11}, "python"),
+        ({"python": ""}, "python"),
+        ({"working_dir": b"/tmp"}, "working_dir"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(fields: dict[str, Any], what: str) -> None:
@@ -90,3 +93,30 @@ def test_command_workloads_leave_out_what_only_python_needs() -> None:
 def test_user_code_is_looked_for_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert user_code_paths()[-1] == str(tmp_path)
+
+
+def test_relative_paths_are_taken_from_the_current_folder_and_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workload = Workload(python=".venv/bin/python", working_dir="data")
+    with pytest.raises(ValueError, match=f"no interpreter {tmp_path}/.venv/bin/python"):
+        workload.for_wire()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/bin/sh")
+    with pytest.raises(ValueError, match=f"no folder {tmp_path}/data"):
+        workload.for_wire()
+    (tmp_path / "data").mkdir()
+    spec = workload.for_wire().spec
+    assert (spec.python, spec.working_dir) == (f"{tmp_path}/.venv/bin/python", f"{tmp_path}/data")
+    assert spec.key == Workload(python=Path(spec.python or ""), working_dir=tmp_path / "data").for_wire().spec.key
+
+
+def test_other_paths_are_the_nodes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    for given, there in (
+        ("python3.12", "python3.12"),
+        ("/nowhere/python", "/nowhere/python"),
+        ("~/v/bin/python", "/home/ann/v/bin/python"),
+    ):
+        assert Workload(python=given).for_wire().spec.python == there
