@@ -142,6 +142,24 @@ def test_gpus_have_indices_and_fractions_and_named_resources_are_counted(client:
         future.result(WAIT_S)
 
 
+def wait_for_one_with_a_gpu(path: str) -> int:
+    future = herder.current_client().options(gpus=1).submit(abs, -1)
+    Path(path).with_suffix(".tmp").write_text(future.task_id)
+    Path(path).with_suffix(".tmp").rename(path)
+    return future.result()
+
+
+def test_a_parent_that_holds_what_its_child_needs_is_named(
+    cluster: herder.LocalCluster, client: herder.Client, tmp_path: Path
+) -> None:
+    parent = client.options(gpus=2).submit(wait_for_one_with_a_gpu, str(tmp_path / "child"))
+    assert wait_until((tmp_path / "child").exists, WAIT_S)
+    child = (tmp_path / "child").read_text()
+    expected = f"{parent.task_id} on local-1 holds 2 GPUs while it waits for tasks of its own"
+    assert wait_until(lambda: expected in run(cluster, "job", child, "--explain"), WAIT_S)
+    parent.cancel()
+
+
 @pytest.fixture(scope="module")
 def pair() -> Iterator[herder.LocalCluster]:
     with herder.LocalCluster(cores=2, agents=2) as pair:

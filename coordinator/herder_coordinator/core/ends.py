@@ -18,7 +18,7 @@ import msgspec
 from herder_coordinator.core import apply, blame, placement, records
 from herder_coordinator.core.lease import loss_backoff_s, task_backoff_s
 from herder_coordinator.core.quarantine import COUNTED, Part, part_in_end
-from herder_coordinator.core.state import NO_ATTEMPT, Job, Node, State, Task, TaskKey
+from herder_coordinator.core.state import NO_ATTEMPT, Job, Node, Queue, State, Task, TaskKey
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, NodeName, WorkloadKey, task_id
@@ -416,6 +416,16 @@ def end_failed(turn: Turn, job: Job, index: int, outcome: Outcome, failure: Fail
     task = job.tasks.get(index)
     turn.note_end(job.spec.workload.name, outcome, usage)
     turn.end(job, TaskEnd(index, outcome, None, failure, usage, None, task.past if task is not None else ()))
+
+
+def end_pending(turn: Turn, queue: Queue, failure: Failure) -> None:
+    """End all tasks of the queue that are pending."""
+    for chunk in list(queue.chunks):
+        for index in chunk.indices():
+            end_failed(turn, chunk.job, index, Outcome.FAILED, failure)
+    for task in [task for lane in (queue.again, queue.careful, queue.suspects) for task in lane]:
+        if task.queued is not None and task.queue is queue:
+            end_failed(turn, task.job, task.index, Outcome.FAILED, failure)
 
 
 def settle_loose(turn: Turn) -> None:

@@ -10,7 +10,7 @@ import math
 
 from msgspec.structs import replace
 
-from herder_coordinator.core import placement, reserve, shares
+from herder_coordinator.core import placement, reserve, shares, standstill
 from herder_coordinator.core.apply import chunk_of
 from herder_coordinator.core.state import OUTCOMES, UNITS, Chunk, Group, Job, Node, Queue, Request, State, Task
 from herder_shared import limits
@@ -194,6 +194,8 @@ def _pending(state: State, job: Job, queue: Queue, index: int, task: Task | None
         details.append(f"{before} task{'s' * (before != 1)} of its job come before it")
     if kind in {"turn", "no_room", "kept"}:
         details += _rank(state, job, group)
+    if kind == "no_room":
+        details += _standing_still(state, group)
     if group.reserved is not None:
         details.append(f"the node {group.reserved.name} is kept for it until there is room")
     if task is not None and task.avoid:
@@ -230,6 +232,21 @@ def _why_pending(state: State, job: Job, queue: Queue, task: Task | None) -> tup
     if task is not None and task.quarantine_s:
         return "turn", "it may have cost its last node, so it waits for a node without another such task"
     return "turn", "its turn has not come yet"
+
+
+def _standing_still(state: State, group: Group) -> list[str]:
+    """Waiting tasks that hold what is short, and what comes of it."""
+    found = standstill.holders(state, group.request)
+    if not found:
+        return []
+    details = [*found, "a task that waits gives up its cores, and keeps its memory, GPUs and named resources"]
+    left_s = standstill.remaining_s(state)
+    if left_s is not None:
+        details.append(
+            "nothing else can free that: in "
+            f"{left_s:.0f} s tasks that wait for it begin to end as Unschedulable, if nothing changes"
+        )
+    return details
 
 
 def _rank(state: State, job: Job, group: Group) -> list[str]:

@@ -18,12 +18,12 @@ import math
 from itertools import islice
 
 from herder_coordinator.core import apply, placement, quarantine, reserve, shares
-from herder_coordinator.core.ends import end_failed, recall_ahead
+from herder_coordinator.core.ends import end_pending, recall_ahead
 from herder_coordinator.core.state import UNITS, Group, Node, Queue, Request, Share, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId
-from herder_shared.states import Cause, Outcome
+from herder_shared.states import Cause
 from herder_shared.wire.messages import Failure
 
 #: Jobs of one group among which an owner's part is divided at a time.
@@ -426,12 +426,7 @@ def judge(turn: Turn) -> None:
         text = unschedulable_text(state, group.request)
         failure = Failure(cause=Cause.UNSCHEDULABLE, message=text)
         for queue in list(group.queues.values()):
-            for chunk in list(queue.chunks):
-                for index in chunk.indices():
-                    end_failed(turn, chunk.job, index, Outcome.FAILED, failure)
-            for task in [task for lane in (queue.again, queue.careful, queue.suspects) for task in lane]:
-                if task.queued is not None and task.queue is queue:
-                    end_failed(turn, task.job, task.index, Outcome.FAILED, failure)
+            end_pending(turn, queue, failure)
 
 
 def unschedulable_text(state: State, request: Request) -> str:

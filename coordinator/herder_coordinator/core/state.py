@@ -491,6 +491,11 @@ class State:
     recent_bytes: int = 0
     #: Of all jobs' `spent`.
     spent_bytes: int = 0
+    #: Running tasks that hold what those need for which they wait (core/standstill.py); since when it is these; when it
+    #: is looked for again.
+    standstill: tuple[AttemptId, ...] = ()
+    standstill_s: float = 0.0
+    standstill_look_s: float = 0.0
     #: From a snapshot, until the replay is over.
     restored_values: dict[TaskKey, Payload] = field(default_factory=dict)
     #: We stood still for long: until then a closed connection does not mean that the agent is dead.

@@ -15,7 +15,20 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from herder_coordinator.core import agents, apply, clients, ends, events, keys, lease, quarantine, ready, replay, shares
+from herder_coordinator.core import (
+    agents,
+    apply,
+    clients,
+    ends,
+    events,
+    keys,
+    lease,
+    quarantine,
+    ready,
+    replay,
+    shares,
+    standstill,
+)
 from herder_coordinator.core.effects import Effect
 from herder_coordinator.core.lease import next_deadline_s
 from herder_coordinator.core.records import Record
@@ -106,6 +119,7 @@ def _tick(turn: Turn) -> None:
         clients.sweep(turn)
     agents.check_leases(turn)
     shares.note(turn)
+    standstill.check(turn)
     ends.drain_ending(turn)
     ready.recall(turn)
     if quarantine.trust_again(state):
