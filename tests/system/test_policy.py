@@ -146,7 +146,7 @@ def wait_for_one_with_a_gpu(path: str) -> int:
     future = herder.current_client().options(gpus=1).submit(abs, -1)
     Path(path).with_suffix(".tmp").write_text(future.task_id)
     Path(path).with_suffix(".tmp").rename(path)
-    return future.result()
+    return int(future.result())
 
 
 def test_a_parent_that_holds_what_its_child_needs_is_named(
