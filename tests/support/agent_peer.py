@@ -10,7 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -260,14 +260,25 @@ class AgentProcess:
         return self.process.pid
 
 
-def start_agent(coordinator: Coordinator, folder: Path, cores: int = 2, *flags: str) -> AgentProcess:
-    """Start a real agent process; its folders are below `folder`."""
+def start_agent(
+    coordinator: Coordinator, folder: Path, cores: int = 2, *flags: str, under: Sequence[str] = ()
+) -> AgentProcess:
+    """Start a real agent process; its folders are below `folder`. `under`: the program that execs it."""
     identity = folder / "agent"
     if not identity.exists():
         tls.issue(coordinator.authority, identity, "agent", "n1")
     log = folder / "agent.log"
     host, port = coordinator.address
-    command = [sys.executable, "-m", "herder_agent", "--identity", str(identity), "--state-dir", str(folder / "state")]
+    command = [
+        *under,
+        sys.executable,
+        "-m",
+        "herder_agent",
+        "--identity",
+        str(identity),
+        "--state-dir",
+        str(folder / "state"),
+    ]
     command += ["--coordinator", f"{host}:{port}", "--node", "n1", "--cores", str(cores), "--no-pin", *flags]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -277,12 +288,14 @@ def start_agent(coordinator: Coordinator, folder: Path, cores: int = 2, *flags: 
 
 
 @contextmanager
-def running(folder: Path, cores: int = 2, *flags: str) -> Iterator[tuple[Coordinator, AgentProcess]]:
+def running(
+    folder: Path, cores: int = 2, *flags: str, under: Sequence[str] = ()
+) -> Iterator[tuple[Coordinator, AgentProcess]]:
     """A coordinator and its agent, linked. Both are gone afterwards; the agent's end must be in good order."""
     tls.create_authority(folder / "authority", CLUSTER)
     tls.issue(folder / "authority", folder / "coordinator", "coordinator", "coordinator")
     coordinator = Coordinator(folder / "authority", folder / "coordinator")
-    agent = start_agent(coordinator, folder, cores, *flags)
+    agent = start_agent(coordinator, folder, cores, *flags, under=under)
     try:
         coordinator.wait_linked()
         yield coordinator, agent
