@@ -111,6 +111,10 @@ class Exited(_Head, frozen=True, tag="exited"):
     oublock: int = 0
 
 
+class Stuck(_Head, frozen=True, tag="stuck"):
+    pids: tuple[int, ...]
+
+
 class Done(msgspec.Struct, frozen=True):
     """A child that nobody was told of is over: how much of the body is its answer, its stdout and its stderr."""
 
@@ -188,14 +192,16 @@ class Error(_Head, frozen=True, tag="error"):
     last: bool = False
 
 
-FromTemplate = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Done | Stats | Log
+FromTemplate = (
+    Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stuck | Done | Stats | Log
+)
 FromChild = Idle | Failed | Started | Client | Result | Error
 
 #: The two heads that are packed, as there are so many of them: their first byte, then their fields.
 _RESULT = struct.Struct(">BdddQQQQQ")
 _DONE = struct.Struct(">BQIIddQQQQIIIB")
 _RESULT_KIND, _DONE_KIND = 1, 2
-_TemplateText = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stats | Log
+_TemplateText = Step | Ready | Failed | Forked | Branched | BranchFailed | ForkFailed | Exited | Stuck | Stats | Log
 _template_text: msgspec.json.Decoder[_TemplateText] = msgspec.json.Decoder(_TemplateText)
 _child_text: msgspec.json.Decoder[FromChild] = msgspec.json.Decoder(FromChild)
 

@@ -143,6 +143,7 @@ class AgentLoop:
             dispatch=self.dispatch,
             begun=self._open_fresh,
             sweep_soon=self._sweep_soon,
+            left_stuck=self._keep_stuck,
         )
         self._scratch = place.state_dir.absolute() / "scratch"
         self._pending: deque[events.Event] = deque()
@@ -155,6 +156,7 @@ class AgentLoop:
         self._sweep_since_s = 0.0
         self._sweep_wait_s = _SWEEP_RETRY_S
         self._stuck: set[int] = set()
+        self._has_new_stuck = False
         self._started: list[AttemptId] = []
         self._started_timer: asyncio.TimerHandle | None = None
         self._ends: list[AttemptEnd] = []
@@ -350,13 +352,20 @@ class AgentLoop:
                 self._sweep_timer = self.loop.call_later(self._sweep_wait_s, self._sweep)
                 self._sweep_wait_s = min(2 * self._sweep_wait_s, _SWEEP_RETRY_S_MAX)
                 return
-            _log.error("processes that tasks left behind cannot be killed: %s", sorted(left))
-            self._stuck |= left
-            self.reaper.known |= left
+            self._keep_stuck(left)
+        if self._has_new_stuck:
+            self._has_new_stuck = False
             self.dispatch(events.LeftoversStuck())
         self._sweep_since_s = 0.0
         self._sweep_wait_s = _SWEEP_RETRY_S
         self.dispatch(events.LeftoversGone())
+
+    def _keep_stuck(self, pids: set[int]) -> None:
+        """These cannot be killed. Whoever left them, which are those that are swept for next, keeps his slot."""
+        _log.error("processes that tasks left behind cannot be killed: %s", sorted(pids))
+        self._stuck |= pids
+        self.reaper.known |= pids  # should their template die, they are ours
+        self._has_new_stuck = True
 
     # Children.
 

@@ -50,6 +50,7 @@ class Templates:
         dispatch: Callable[[events.Event], None],
         begun: Callable[[Child], None],
         sweep_soon: Callable[[], None],
+        left_stuck: Callable[[set[int]], None],
     ) -> None:
         self._place = place
         self._node = node
@@ -66,6 +67,7 @@ class Templates:
         self._cloudpickle = cloudpickle_path
         self._begun = begun
         self._sweep_soon = sweep_soon
+        self._left_stuck = left_stuck
         self._templates: dict[int, forkserver.Template] = {}
         #: Asked for of the template of this number, and not there yet.
         self._branching: dict[int, int] = {}
@@ -196,6 +198,8 @@ class Templates:
                 self._not_branched(head.template, head.message)
             case control.Exited():
                 self._children.exited(head)
+            case control.Stuck():
+                self._left_stuck(set(head.pids))
             case control.ForkFailed():
                 result = self._not_executed(head) if head.exec else None
                 self._children.not_forked(head.child)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: An orphan that does not die of SIGKILL (it hangs in the kernel) holds up `exited` no longer than this.
 ORPHAN_LIMIT_S = 5.0
+#: Between two looks at those.
+STUCK_LOOK_S = 0.5
 #: Children are forked so many in a row, and told of together: more would let the first one's task wait.
 FORKS_IN_A_ROW = 4
 _RUN = b'{"t":"run"'
@@ -107,6 +109,8 @@ class Server:
         self._below = system.open_or_none(f"/proc/self/task/{self._pid}/children", os.O_RDONLY)
         #: Processes that preload or setup left behind on purpose.
         self._known = set(system.children_of(self._pid))
+        #: Orphans that did not die of SIGKILL. The agent was told; they are reaped whenever they die after all.
+        self._stuck: set[int] = set()
         system.become_subreaper()
 
     def run(self) -> None:
@@ -127,6 +131,8 @@ class Server:
                     elif fd in self._branches:
                         self._reap_branch(fd)
                 self._settle_ended()
+                if self._stuck:
+                    self._reap_stuck()
                 if self._nursery is not None and self._nursery.young:
                     self._tell_of_the_old(self._nursery)
                 self._send_unsent()
@@ -138,7 +144,10 @@ class Server:
     def _wait_s(self) -> float:
         if self._ended:
             return 0.05
-        return self._nursery.wait_s() if self._nursery is not None else -1
+        wait_s = self._nursery.wait_s() if self._nursery is not None else -1
+        if self._stuck and not 0 <= wait_s <= STUCK_LOOK_S:
+            return STUCK_LOOK_S
+        return wait_s
 
     def _answer(self) -> bool:
         """Deal with all frames that have arrived. False when this is the end."""
@@ -372,9 +381,13 @@ class Server:
         """Report the children whose orphans are gone by now."""
         if not self._ended:
             return
-        has_orphans = self._kill_orphans()
+        orphans = self._kill_orphans()
+        has_orphans = bool(orphans)
         if has_orphans and time.monotonic() < self._ended[0][0]:
             return
+        if has_orphans:
+            self._stuck.update(orphans)
+            self._send({"t": "stuck", "pids": orphans})
         ended, self._ended = self._ended, []
         for _, made, status, usage in ended:
             if made.near is None:
@@ -391,21 +404,27 @@ class Server:
                 for fd in passed:
                     os.close(fd)
 
-    def _kill_orphans(self) -> bool:
-        """Kill and reap the children that nobody knows. True while there are some."""
+    def _kill_orphans(self) -> list[int]:
+        """Kill and reap the children that nobody knows. Those that are there yet."""
         if self._below is None:
-            return False
+            return []
         found = os.pread(self._below, 1 << 16, 0).split()
-        if len(found) == len(self._known) + len(self._children):
-            return False  # whom we know is there until we have reaped him
-        known = self._known | {made.pid for made in self._children.values()}
-        left = False
+        if len(found) == len(self._known) + len(self._stuck) + len(self._children):
+            return []  # whom we know is there until we have reaped him
+        known = self._known | self._stuck | {made.pid for made in self._children.values()}
+        left: list[int] = []
         for pid in map(int, found):
             if pid in known:
                 continue
             os.kill(pid, signal.SIGKILL)  # our own child, not reaped: the id is its own
-            left = os.waitpid(pid, os.WNOHANG)[0] == 0 or left
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                left.append(pid)
         return left
+
+    def _reap_stuck(self) -> None:
+        for pid in list(self._stuck):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self._stuck.discard(pid)
 
     def _kill(self, head: dict[str, Any]) -> None:
         made = self._children.get(head.get("child", -1))
