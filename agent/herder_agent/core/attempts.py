@@ -20,6 +20,8 @@ from herder_shared.wire.messages import AttemptEnd, AttemptStart, Failure, JobBr
 VICTIM_BYTES_MIN = 16 << 20
 #: An attempt whose child has answered and does not exit is killed after this: flushing and joining threads take less.
 EXIT_GRACE_S = 10.0
+#: How long a child may take to die of SIGKILL: giving back much memory takes a while.
+DEATH_LIMIT_S = 10.0
 
 
 def add_deadline(state: State, at_s: float, kind: str, key: AttemptId | WorkloadKey | int, method: str = "") -> None:
@@ -102,6 +104,7 @@ def end(  # noqa: PLR0917
         state.lent.pop(attempt.id, None)
         state.returning.pop(attempt.id, None)
     del state.attempts[attempt.id]
+    state.unkillable.pop(attempt.id, None)
     if attempt.blobs:
         effects.append(ReleaseBlobs(attempt.id))
     if not attempt.dropped:
@@ -129,6 +132,15 @@ def keep_stuck(state: State, attempt: Attempt, now_s: float, effects: list[Effec
     """Report the end of an attempt whose processes cannot be killed. Its slot stays taken: they still use it."""
     del state.leaving[attempt.id]
     state.stuck[attempt.id] = attempt
+    if not attempt.dropped:
+        report_answer(state, attempt, now_s, effects)
+
+
+def keep_unkillable(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
+    """The same, where it is the child itself that does not die."""
+    if attempt.id in state.unkillable:
+        return
+    state.unkillable[attempt.id] = attempt
     if not attempt.dropped:
         report_answer(state, attempt, now_s, effects)
 

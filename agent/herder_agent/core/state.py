@@ -345,6 +345,8 @@ class State:
     leaving: dict[AttemptId, Attempt] = field(default_factory=dict)
     #: Reported; they keep their slots, as processes of theirs cannot be killed.
     stuck: dict[AttemptId, Attempt] = field(default_factory=dict)
+    #: Attempts whose children were sent SIGKILL and have not died of it. They were reported, and hold their slots.
+    unkillable: dict[AttemptId, Attempt] = field(default_factory=dict)
     #: Attempts whose cores are lent while they wait for tasks of their own: what they asked for. And those of them that
     #: want their cores back, in their order, each with the number of its wait.
     lent: dict[AttemptId, Request] = field(default_factory=dict)
@@ -404,6 +406,7 @@ def check_invariants(state: State) -> None:
     assert abs(held - state.slots.used) < 1e-6, (held, state.slots.used)
     assert abs(sum(state.account.held.values()) - held) < 1e-6, state.account.held
     assert state.returning.keys() <= state.lent.keys() <= state.attempts.keys()
+    assert state.unkillable.keys() <= state.attempts.keys()
     for attempt in state.attempts.values():
         assert attempt.id not in state.lent or attempt.request.cores == 0.0
         assert (attempt.slot is None) == (attempt.phase is Phase.QUEUED), attempt.phase

@@ -12,6 +12,7 @@ from typing import assert_never
 
 from herder_agent.core import branches, launchers, lending, values, watch
 from herder_agent.core.attempts import (
+    DEATH_LIMIT_S,
     EXIT_GRACE_S,
     accept,
     add_deadline,
@@ -20,6 +21,7 @@ from herder_agent.core.attempts import (
     end,
     give_back,
     keep_stuck,
+    keep_unkillable,
     move,
     note_memory,
     pids_limit,
@@ -592,6 +594,11 @@ def _deadline_came(state: State, deadline: Deadline, now_s: float, effects: list
             attempt = state.attempts.get(attempt_id)
             if attempt is not None and attempt.child in state.children and attempt.phase is not Phase.LEAVING:
                 effects.append(SignalChild(attempt.child, signal.SIGKILL))
+                add_deadline(state, now_s + DEATH_LIMIT_S, "death", attempt_id)
+        case "death", AttemptId() as attempt_id:
+            attempt = state.attempts.get(attempt_id)
+            if attempt is not None and attempt.child in state.children and attempt.phase is not Phase.LEAVING:
+                keep_unkillable(state, attempt, now_s, effects)
         case "idle", str() as key:
             if (workload := state.workloads.get(key)) is not None:
                 launchers.look_whether_idle(state, workload, now_s, effects)

@@ -601,6 +601,9 @@ class AgentLoop:
                 self.dispatch(events.StuckGone())
         if self._stuck:
             return f"processes that tasks left behind cannot be killed: {sorted(self._stuck)}"
+        if self.state.unkillable:
+            pids = sorted(attempt.pid for attempt in self.state.unkillable.values())
+            return f"processes of tasks cannot be killed: {pids}"
         return self.store.trouble() or host.disk_trouble(self.place.state_dir)
 
     def _exposition(self, openmetrics: bool) -> tuple[bytes, str]:

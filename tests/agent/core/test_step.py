@@ -741,6 +741,28 @@ def test_what_cannot_be_killed_is_reported_and_keeps_its_slot_until_it_is_gone()
     assert not machine.state.stuck
 
 
+def test_a_child_that_does_not_die_is_reported_once_and_keeps_its_slot_until_it_does() -> None:
+    machine = Machine(cores=1, timeout_s=5.0).serving()
+    machine.order(1)
+    machine.order(2)
+    (child,) = (child for child in machine.state.children.values() if child.attempt is not None)
+    machine.take(ev.ChildStarted(child.id))
+    assert fx.SignalChild(child.id, signal.SIGTERM) in machine.tick(5.0)
+    assert fx.SignalChild(child.id, signal.SIGKILL) in machine.tick(2.0)
+    assert ended(machine.tick(9.0)) == []
+    assert not machine.state.unkillable
+    (end,) = ended(machine.tick(1.0))
+    assert (end.attempt, end.outcome) == (ident(1), Outcome.TIMED_OUT)
+    assert list(machine.state.unkillable) == [ident(1)]
+    machine.take(ev.AttemptsAcked((ident(1),)))
+    assert ended(machine.tick(60.0)) == []
+    assert [attempt.start.index for attempt in machine.state.queue.values()] == [2]
+    machine.take(ev.ChildExited(child.id, ev.Exit(9)))
+    assert ended(machine.take(ev.LeftoversGone())) == []
+    assert not machine.state.unkillable
+    assert not machine.state.queue
+
+
 def test_an_agent_that_is_told_to_end_gives_back_what_it_has() -> None:
     machine = Machine(cores=1, spec=COMMANDS)
     machine.order(1)

@@ -16,6 +16,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
+from herder_shared.states import Outcome
 from support.agent_peer import running
 from support.leaks import wait_until
 
@@ -80,3 +81,35 @@ def test_what_cannot_be_killed_keeps_its_slot_and_is_said_until_it_is_gone(tmp_p
         assert coordinator.value_of(second) == 32
         coordinator.wait(lambda: coordinator.fault() == "")
         assert not Path(f"/proc/{pid}").exists()
+
+
+#: An agent as it is shipped, but less patient with what does not die.
+IMPATIENT = (
+    "import sys; from herder_agent.core import step; step.DEATH_LIMIT_S = 0.3\n"
+    "from herder_agent.main import command; command(sys.argv[4:])"
+)
+
+
+def say_who_and_wait(folder: str) -> None:
+    Path(folder, "half").write_text(str(os.getpid()))
+    Path(folder, "half").rename(Path(folder, "child"))
+    time.sleep(60)
+
+
+def test_a_task_that_cannot_be_killed_is_reported_and_keeps_its_slot(tmp_path: Path, freezer: Path) -> None:
+    with running(tmp_path / "agent", 1, under=(sys.executable, "-c", IMPATIENT)) as (coordinator, _):
+        first = coordinator.start(say_who_and_wait, str(tmp_path))
+        coordinator.wait((tmp_path / "child").exists)
+        pid = (tmp_path / "child").read_text()
+        (freezer / "cgroup.procs").write_text(pid)
+        (freezer / "freezer.state").write_text("FROZEN")
+        assert wait_until(lambda: (freezer / "freezer.state").read_text() == "FROZEN\n", 10)
+        coordinator.cancel(first, grace_s=0.1)
+        second = coordinator.start(pow, 2, 5)
+        assert coordinator.end_of(first).outcome is Outcome.CANCELLED
+        coordinator.wait(lambda: f"cannot be killed: [{pid}]" in coordinator.fault())
+        assert second not in coordinator.ends
+        (freezer / "freezer.state").write_text("THAWED")
+        assert coordinator.value_of(second) == 32
+        coordinator.wait(lambda: coordinator.fault() == "")
+        assert coordinator.end_count == 2
