@@ -341,6 +341,11 @@ class Submissions:
             if future is not None:
                 guard(future.finish, end)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Sink."""
+        return True
+
     def ended_among(self, count: int) -> set[int]:
         """Sink."""
         return set(range(count)).difference(list(self._futures))

@@ -147,6 +147,11 @@ class Record:
             else:
                 guard(future.fail, error_for(error, future.task_id))
 
+    @property
+    def is_wanted(self) -> bool:
+        """Sink."""
+        return not self._is_abandoned
+
     def ended_among(self, count: int) -> set[int]:  # noqa: ARG002  # all that ended
         """Sink."""
         with self.changed:

@@ -20,6 +20,10 @@ from herder_shared.wire.messages import JobSpec, TaskEnd
 class Sink(Protocol):
     """Who gets a job's events. Called in the connection's thread; must not block."""
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody could still look at what is told here."""
+
     def started(self, tasks: Sequence[tuple[int, NodeName]]) -> None:
         """These tasks' code runs now, on these nodes."""
 
@@ -40,10 +44,22 @@ class Sink(Protocol):
 
 
 class Shared:
-    """The sink of a job that is followed from two places in this process, each with its own record of it."""
+    """The sink of a job of our own that others of this process have asked for: `first`, whose job it is, and theirs.
 
-    def __init__(self, first: Sink, second: Sink) -> None:
-        self._sinks = (first, second)
+    `first` may be shared already: then those of the others are left out whom nobody wants any more.
+    """
+
+    def __init__(self, first: Sink, another: Sink) -> None:
+        others: tuple[Sink, ...] = first._sinks if isinstance(first, Shared) else (first,)
+        self._sinks: tuple[Sink, ...] = (others[0], *(sink for sink in others[1:] if sink.is_wanted), another)
+
+    def __len__(self) -> int:
+        return len(self._sinks)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Sink."""
+        return True
 
     def started(self, tasks: Sequence[tuple[int, NodeName]]) -> None:
         """Sink."""
@@ -71,8 +87,7 @@ class Shared:
 
     def miss(self, indices: Iterable[int]) -> None:
         """Sink."""
-        for sink in self._sinks:
-            sink.miss(indices)
+        raise AssertionError(f"nothing of {indices} was told to anybody else")
 
 
 class Track:

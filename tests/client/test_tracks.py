@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from herder.jobs import Record
-from herder.tracks import Track
+from herder.tracks import Shared, Sink, Track
 from herder_shared.ids import JobId, WorkloadKey
-from herder_shared.wire.messages import JobSpec, WorkloadSpec
+from herder_shared.states import Outcome
+from herder_shared.wire.messages import JobSpec, TaskEnd, WorkloadSpec
 
 SPEC = JobSpec(JobId("j"), "name", WorkloadSpec(WorkloadKey("w")))
 
@@ -52,3 +53,17 @@ def _over_after(track: Track, **changes: int) -> bool:
 def test_an_observed_job_is_not_ours() -> None:
     assert Track(SPEC.job, Record("python"), None).is_observer
     assert not Track(SPEC.job, Record("python"), SPEC).is_observer
+
+
+def test_who_asks_for_a_job_again_and_again_leaves_nothing_behind() -> None:
+    own = Record("python")
+    sink: Sink = own
+    for _ in range(5):
+        another = Record("python")
+        sink = Shared(sink, another)
+        another.hold()
+        sink.ended([TaskEnd(0, Outcome.SUCCEEDED)])
+        assert own.ended_among(1) == another.ended_among(1) == {0}
+        another.let_go()
+        assert not another.is_wanted
+    assert len(Shared(sink, Record("python"))) == 2

@@ -122,6 +122,10 @@ class Job:
             raise Violation(f"client {self.client.name} is told that {self.id} from {first} on is lost: {error}")
         self.is_lost = True
 
+    @property
+    def is_wanted(self) -> bool:
+        return True
+
     def ended_among(self, count: int) -> set[int]:
         return {index for index in self.ends if index < count}
 
