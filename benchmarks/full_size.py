@@ -439,10 +439,13 @@ def slow(asked: argparse.Namespace, report: Report) -> None:
             deadline_s = start_s + asked.slow_s
             while ended() < asked.events and time.monotonic() < deadline_s:
                 os.kill(slow_one.pid, signal.SIGSTOP)
-                time.sleep(0.9)
+                time.sleep(asked.slow_stop_s)
                 os.kill(slow_one.pid, signal.SIGCONT)
                 time.sleep(0.1)
-            report.say(f"{ended()} had ended after {time.monotonic() - start_s:.0f} s at a tenth of its time")
+            share = 0.1 / (0.1 + asked.slow_stop_s)
+            report.say(
+                f"{ended()} had ended after {time.monotonic() - start_s:.0f} s, when it had {share:.1%} of its time"
+            )
             answer = slow_one.stdout.readline().strip()
             took_s = time.monotonic() - start_s
         grown = watch.grown_bytes("coordinator")
@@ -657,6 +660,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4, help="in which the agents of `reconnect` are")
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--slow-s", type=float, default=120.0, help="for which the client of `slow` is slow")
+    parser.add_argument("--slow-stop-s", type=float, default=0.9, help="it is stopped for, before each 0.1 s")
     parser.add_argument("--output-s", type=float, default=5.0)
     parser.add_argument("--gib", type=float, default=5.0)
     parser.add_argument("--cancelled", type=int, default=100_000)
