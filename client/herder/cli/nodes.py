@@ -10,6 +10,7 @@ import click
 
 from herder.cli.output import (
     counted,
+    escape_controls,
     format_bytes,
     format_duration,
     format_share,
@@ -40,8 +41,23 @@ def nodes(profile: str | None, as_json: bool) -> None:
     columns = ("node", "state", ">cores", ">running", ">free", ">memory", ">used", ">task share", ">heard", "host")
     print_table(columns, map(node_row, found), empty="no nodes: start agents with herder up, or herder agent")
     for node in found:
-        if node.report is not None and node.report.fault:
-            click.echo(f"{node.facts.node} takes nothing new: {node.report.fault}")
+        for remark in remarks(node):
+            click.echo(escape_controls(f"{node.facts.node} {remark}"))
+
+
+def remarks(node: NodeInfo) -> list[str]:
+    """What else is to be said of it, one sentence each."""
+    told = []
+    fault = node.report.fault if node.report is not None else ""
+    if node.why or fault:
+        told.append(f"takes nothing new: {node.why or fault}")
+    if node.ends_in_s is not None and node.state is not AgentState.LOST:
+        told.append(f"is ours for another {format_duration(node.ends_in_s)}")
+    if node.kept_for:
+        told.append(f"is kept for a task of job {node.kept_for}, which would wait for ever otherwise")
+    if node.suspect:
+        told.append(f"runs {node.suspect}, which may have cost another node")
+    return told
 
 
 def node_row(node: NodeInfo) -> tuple[str, ...]:
@@ -206,4 +222,14 @@ def status(profile: str | None, as_json: bool) -> None:
         ("tasks", counted(found.tasks)),
         ("jobs, clients", f"{found.jobs}, {found.clients}"),
     ]
+    if found.paused_jobs or found.kept_nodes or found.suspects:
+        held = ((found.paused_jobs, "jobs paused"), (found.kept_nodes, "nodes kept"), (found.suspects, "tasks suspect"))
+        rows.append(("held back", ", ".join(f"{count} {what}" for count, what in held if count)))
     print_table(("what", "is"), rows)
+    columns = ("owner", ">cores", ">lately", ">due", ">weight")
+    owners = [
+        (one.owner, f"{one.cores:g}", f"{one.mean_cores:.1f}", format_share(one.share, 1.0), f"{one.weight:g}")
+        for one in found.owners
+    ]
+    if owners:
+        print_table(columns, owners)

@@ -775,9 +775,9 @@ def node_of(state: State, name: NodeName, incarnation: Incarnation) -> Node:
     return node
 
 
-def set_drain(state: State, name: NodeName, on: bool) -> None:
+def set_drain(state: State, name: NodeName, on: bool, reason: str = "") -> None:
     if on:
-        state.drained[name] = None
+        state.drained[name] = reason
     else:
         state.drained.pop(name, None)
 

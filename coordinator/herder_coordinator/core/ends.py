@@ -46,6 +46,7 @@ PAST_TEXT_MAX = 300
 AVOIDED_MAX = 4
 #: Failed starts in a row, of at least two workloads, after which a node is drained.
 START_FAILURES_MAX = 5
+NOTHING_STARTS = "several workloads could not be started there; once that is mended, `herder drain --undo` has it back"
 
 
 def attempt_ended(turn: Turn, node: Node, end: AttemptEnd) -> None:
@@ -348,16 +349,16 @@ def _note_start(turn: Turn, node: Node, job: Job, end: AttemptEnd) -> None:
     others = [one for one in turn.state.nodes.values() if one.state is AgentState.READY and one is not node]
     if len(node.start_failures) >= START_FAILURES_MAX and len(set(node.start_failures)) > 1 and others:
         node.start_failures.clear()
-        set_drain(turn, node.name, on=True)
-        turn.count("node_drained", (("node", node.name), ("reason", "nothing starts on it any more")))
+        set_drain(turn, node.name, on=True, reason=NOTHING_STARTS)
+        turn.count("node_drained", (("node", node.name), ("reason", NOTHING_STARTS)))
     del node.start_failures[: -2 * START_FAILURES_MAX]
 
 
-def set_drain(turn: Turn, name: NodeName, *, on: bool) -> None:
-    """Empty a node, or use it again."""
+def set_drain(turn: Turn, name: NodeName, *, on: bool, reason: str = "") -> None:
+    """Empty a node, or use it again. `reason`: why, where nobody asked for it."""
     state = turn.state
-    apply.set_drain(state, name, on)
-    turn.record(records.DrainSet(name, on))
+    apply.set_drain(state, name, on, reason)
+    turn.record(records.DrainSet(name, on, reason))
     node = state.nodes.get(name)
     if node is not None:
         _drain(turn, node, on=on or bool(node.fault) or node.is_ending)

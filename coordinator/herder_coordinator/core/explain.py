@@ -10,7 +10,7 @@ import math
 
 from msgspec.structs import replace
 
-from herder_coordinator.core import placement, reserve, shares, standstill
+from herder_coordinator.core import placement, reserve, shares, standstill, views
 from herder_coordinator.core.apply import chunk_of
 from herder_coordinator.core.state import OUTCOMES, UNITS, Chunk, Group, Job, Node, Queue, Request, State, Task
 from herder_shared import limits
@@ -292,7 +292,7 @@ def _shortage(state: State, node: Node, group: Group) -> str:
     if node.state in {AgentState.DISCONNECTED, AgentState.LOST}:
         return f"is {node.state}"
     if node.state is AgentState.DRAINING:
-        reason = node.fault or ("it will end soon" if node.is_ending else "")
+        reason = views.why_draining(state, node)
         return "is draining" + (f": {reason}" if reason else "")
     if not node.synced:
         return "has just connected"

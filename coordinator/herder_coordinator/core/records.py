@@ -165,6 +165,8 @@ class JobForgotten(_Record, frozen=True):
 class DrainSet(_Record, frozen=True):
     node: NodeName
     on: bool
+    #: Why, where nobody asked for it.
+    reason: str = ""
 
 
 class KeysRevoked(_Record, frozen=True):

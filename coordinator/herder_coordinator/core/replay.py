@@ -58,7 +58,7 @@ def replay(state: State, record: records.Record) -> None:
                 apply.end_task(state, job, end)
             settle_loose(state)
         case records.DrainSet():
-            apply.set_drain(state, record.node, record.on)
+            apply.set_drain(state, record.node, record.on, record.reason)
         case records.KeysRevoked():
             apply.revoke(state, record.keys)
         case records.SharesKept():

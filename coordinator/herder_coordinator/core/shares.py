@@ -48,13 +48,14 @@ def use(share: Share, state: State) -> float:
 
 def _advance(share: Share, state: State) -> None:
     if share.mean != share.held:
-        share.mean = _mean_now(share, state)
+        share.mean = mean_now(share, state)
         if abs(share.mean - share.held) < 1.0:  # a ten-thousandth of a core: forget it, so that idle ones are equal
             share.mean = float(share.held)
     share.at_s = state.now_s
 
 
-def _mean_now(share: Share, state: State) -> float:
+def mean_now(share: Share, state: State) -> float:
+    """The mean as of the latest step, in `UNITS`. Changes nothing."""
     kept = math.exp2((share.at_s - state.now_s) / state.policy.half_life_s)
     return share.held + (share.mean - share.held) * kept
 
@@ -126,7 +127,7 @@ def kept(state: State) -> SharesKept:
 
 
 def _grains(share: Share, state: State) -> int:
-    return round(_mean_now(share, state) / GRAIN) * GRAIN
+    return round(mean_now(share, state) / GRAIN) * GRAIN
 
 
 def restore(state: State, record: SharesKept) -> None:

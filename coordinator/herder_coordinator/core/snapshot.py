@@ -35,7 +35,7 @@ def snapshot(state: State, *, goes_on: bool = False) -> Iterator[Record]:
         yield from (records.EndsRemembered(job_id, (end,)) for (job_id, _), end in state.recent.items())
     for key, value in _values(state).items():
         yield records.DependencyKept(key[0], key[1], value)
-    yield from (records.DrainSet(name, on=True) for name in state.drained)
+    yield from (records.DrainSet(name, True, reason) for name, reason in state.drained.items())
     revoked = tuple(state.revoked.values())
     for first in range(0, len(revoked), limits.BATCH_TASKS_MAX):
         yield records.KeysRevoked(revoked[first : first + limits.BATCH_TASKS_MAX])

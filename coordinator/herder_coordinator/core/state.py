@@ -456,7 +456,8 @@ class State:
     functions: dict[BlobId, KeptFunction] = field(default_factory=dict)
     #: Functions that no task uses, oldest first.
     idle_functions: dict[BlobId, None] = field(default_factory=dict)
-    drained: dict[NodeName, None] = field(default_factory=dict)
+    #: Nodes that are to take nothing new, and why, where nobody asked for that.
+    drained: dict[NodeName, str] = field(default_factory=dict)
     #: Certificates that are not let in, by their serial numbers.
     revoked: dict[str, Key] = field(default_factory=dict)
     dependants: dict[TaskKey, list[Task]] = field(default_factory=dict)

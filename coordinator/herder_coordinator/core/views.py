@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from herder_coordinator.core import quarantine, shares
 from herder_coordinator.core.placement import could_ever_fit
-from herder_coordinator.core.state import OUTCOMES, Job, State, task_state_counts
-from herder_shared.ids import BlobId, ClusterId, JobId, NodeName
+from herder_coordinator.core.state import OUTCOMES, UNITS, Job, Node, State, task_state_counts
+from herder_shared.ids import BlobId, ClusterId, JobId, NodeName, task_id
 from herder_shared.states import AgentState, Outcome, TaskState
 from herder_shared.wire.messages import (
     JobInfo,
@@ -17,12 +18,15 @@ from herder_shared.wire.messages import (
     Logs,
     NodeFacts,
     NodeInfo,
+    OwnerInfo,
     StatusInfo,
     TaskInfo,
     WorkloadInfo,
 )
 from herder_shared.wire.session import Peer
 
+#: Owners that one answer lists.
+OWNERS_LISTED_MAX = 100
 #: Tasks that one answer about a job lists.
 TASKS_LISTED_MAX = 10_000
 
@@ -44,7 +48,25 @@ def _node_info(state: State, name: NodeName, now_s: float) -> NodeInfo:
         silent_s=max(0.0, now_s - node.heard_s),
         kept_for=next(iter(node.reserved.queues), "") if node.reserved is not None else "",
         ends_in_s=max(0.0, node.ends_s - now_s) if node.ends_s < math.inf else None,
+        why=why_draining(state, node) if node.draining else "",
+        suspect=task_id(node.suspect.job.id, node.suspect.index)
+        if node.suspect is not None and quarantine.holds_suspect(node)
+        else "",
     )
+
+
+def why_draining(state: State, node: Node) -> str:
+    """Why it takes nothing new; "" where somebody asked for that, or it takes something."""
+    return node.fault or ("it will end soon" if node.is_ending else "") or state.drained.get(node.name, "")
+
+
+def drain_reason(state: State, node: Node) -> Literal["asked", "fault", "ending", "nothing_starts"]:
+    """The same as one word."""
+    if node.fault:
+        return "fault"
+    if node.is_ending:
+        return "ending"
+    return "nothing_starts" if state.drained.get(node.name) else "asked"
 
 
 def is_draining(state: State, node: NodeName) -> bool:
@@ -156,6 +178,26 @@ def workloads(state: State) -> list[WorkloadInfo]:
     ]
 
 
+def owners(state: State) -> tuple[OwnerInfo, ...]:
+    """Who has tasks that have not ended, or holds or held cores: those who use most for their weight first."""
+    with_work = {job.owner for job in state.jobs.values() if job.ended < job.count}
+    weights = sum(state.owners[owner].weight for owner in with_work)
+    found = []
+    for name, share in state.owners.items():
+        mean = shares.mean_now(share, state)
+        if name in with_work or share.held or mean >= shares.GRAIN:
+            found.append(
+                OwnerInfo(
+                    owner=name,
+                    cores=share.held / UNITS,
+                    mean_cores=mean / UNITS,
+                    weight=share.weight,
+                    share=share.weight / weights if name in with_work else 0.0,
+                )
+            )
+    return tuple(sorted(found, key=lambda one: (-(one.cores + one.mean_cores) / one.weight, one.owner)))
+
+
 def status(state: State, version: str = "", http: str = "") -> StatusInfo:
     return StatusInfo(
         cluster=ClusterId(state.cluster),
@@ -166,7 +208,21 @@ def status(state: State, version: str = "", http: str = "") -> StatusInfo:
         jobs=len(state.jobs),
         clients=sum(1 for client in state.clients.values() if client.session),
         http=http,
+        owners=owners(state)[:OWNERS_LISTED_MAX],
+        paused_jobs=sum(1 for one in state.jobs.values() if one.paused),
+        kept_nodes=len(state.reservations),
+        suspects=suspects(state),
     )
+
+
+def suspects(state: State) -> int:
+    """Tasks that may have cost their node: those that are proving themselves, and those that wait for their turn."""
+    placed = sum(1 for node in state.nodes.values() if quarantine.holds_suspect(node))
+    queued = 0
+    for group in state.busy.values():
+        for queue in group.queues.values():
+            queued += sum(1 for task in queue.suspects if task.queued is queue.suspects)
+    return placed + queued
 
 
 def task_counts(state: State) -> dict[TaskState, int]:

@@ -37,6 +37,8 @@ START_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05, 0.1, 0.25, 0.5
 OWN_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5, 10.0)
 #: Values of labels other than workloads: more is a mistake, and becomes `other`.
 LABELS_MAX = 50
+#: Owners that have a label of their own.
+OWNER_LABELS_MAX = 100
 #: Observations that are counted together: a step makes several of them, and most are of the same few kinds.
 UNSETTLED_MAX = 1_000
 
@@ -345,7 +347,9 @@ class Metrics(Collector):
             agents.add_metric([agent_state.value], count)
         yield agents
         yield GaugeMetricFamily("herder_jobs", "Jobs that are known and not forgotten.", len(state.jobs))
-        yield from _collect_nodes(views.nodes(state, self._sources.now_s()))
+        nodes = views.nodes(state, self._sources.now_s())
+        yield from _collect_nodes(nodes)
+        yield from _collect_policy(state, nodes)
         yield from self._collect_templates(state)
 
     def _collect_templates(self, state: State) -> Iterator[Metric]:
@@ -361,6 +365,50 @@ class Metrics(Collector):
         for (name, template_state), count in counts.items():
             templates.add_metric([name, template_state], count)
         yield templates
+
+
+def _collect_policy(state: State, nodes: list[NodeInfo]) -> Iterator[Metric]:
+    """Who has how much, and what is held back."""
+    held = GaugeMetricFamily("herder_owner_cores", "Cores that an owner's tasks hold.", labels=["owner"])
+    mean = GaugeMetricFamily(
+        "herder_owner_cores_mean", "Cores that an owner's tasks held lately, on average.", labels=["owner"]
+    )
+    due = GaugeMetricFamily(
+        "herder_owner_share",
+        "The part of the cores that is due to an owner by the weights, of those who have tasks that have not ended.",
+        labels=["owner"],
+    )
+    # Those who use most have labels of their own.
+    sums: dict[str, list[float]] = {}
+    for place, owner in enumerate(views.owners(state)):
+        name = owner.owner if place < OWNER_LABELS_MAX else "other"
+        sums.setdefault(name, []).extend((owner.cores, owner.mean_cores, owner.share))
+    for name, values in sums.items():
+        for family, first in ((held, 0), (mean, 1), (due, 2)):
+            family.add_metric([name], sum(values[first::3]))
+    yield from (held, mean, due)
+    yield GaugeMetricFamily(
+        "herder_jobs_paused", "Jobs that are paused.", sum(1 for job in state.jobs.values() if job.paused)
+    )
+    yield GaugeMetricFamily(
+        "herder_nodes_kept", "Nodes that are kept for a task which would wait for ever.", len(state.reservations)
+    )
+    yield GaugeMetricFamily(
+        "herder_tasks_suspect", "Tasks that may have cost their node, and run one to a node.", views.suspects(state)
+    )
+    drained = GaugeMetricFamily(
+        "herder_nodes_drained",
+        "Connected nodes that take nothing new: somebody asked for it, the node has a fault, it will end soon, or "
+        "nothing started there.",
+        labels=["reason"],
+    )
+    counts = dict.fromkeys(("asked", "fault", "ending", "nothing_starts"), 0)
+    for info in nodes:
+        if info.state is AgentState.DRAINING:
+            counts[views.drain_reason(state, state.nodes[info.facts.node])] += 1
+    for reason, count in counts.items():
+        drained.add_metric([reason], count)
+    yield drained
 
 
 def _collect_nodes(nodes: list[NodeInfo]) -> Iterator[Metric]:

@@ -693,6 +693,10 @@ class NodeInfo(_Part, frozen=True):
     #: The job of which a task waits for this node to have room: others get only what it will not need.
     kept_for: str = ""
     ends_in_s: float | None = None
+    #: Why it takes nothing new, where nobody asked for that.
+    why: str = ""
+    #: The task on it that may have cost its last node, and has to prove itself.
+    suspect: str = ""
 
 
 class JobInfo(_Part, frozen=True):
@@ -775,6 +779,17 @@ class WorkloadInfo(_Part, frozen=True):
     demoted: str = ""
 
 
+class OwnerInfo(_Part, frozen=True):
+    """One owner's part of the cores: held now, lately on average; and how much of them is due to him among those who
+    have work, by the weights (0 to 1)."""
+
+    owner: str
+    cores: float = 0.0
+    mean_cores: float = 0.0
+    weight: float = 1.0
+    share: float = 0.0
+
+
 class StatusInfo(_Part, frozen=True):
     cluster: ClusterId
     epoch: int
@@ -784,6 +799,13 @@ class StatusInfo(_Part, frozen=True):
     jobs: int = 0
     clients: int = 0
     http: str = ""
+    #: Those who use most for their weight first.
+    owners: tuple[OwnerInfo, ...] = ()
+    paused_jobs: int = 0
+    #: Nodes that are kept for a task which would wait for ever.
+    kept_nodes: int = 0
+    #: Tasks that may have cost their node.
+    suspects: int = 0
 
 
 class Answer(_Message, frozen=True):

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from herder.cli.jobs import failed_count, interesting, job_row, parse_job_or_task, progress_text
 from herder.cli.main import cli
-from herder.cli.nodes import node_row, running_on
+from herder.cli.nodes import node_row, remarks, running_on
 from herder_shared.ids import JobId, NodeName
 from herder_shared.states import AgentState, Outcome, TaskState
 from herder_shared.wire.messages import JobInfo, NodeFacts, NodeInfo, NodeReport, TaskInfo
@@ -67,3 +67,23 @@ def test_nothing_runs_on_a_lost_node() -> None:
 
 def test_undone_drain_cannot_be_waited_for() -> None:
     assert CliRunner().invoke(cli, ["drain", "n1", "--undo", "--wait"]).exit_code == 2
+
+
+def test_what_else_is_to_be_said_of_a_node() -> None:
+    facts = NodeFacts(NodeName("n1"), 4, 2**30)
+    assert remarks(NodeInfo(facts, AgentState.READY)) == []
+    told = NodeInfo(
+        facts,
+        AgentState.DRAINING,
+        kept_for="job1",
+        ends_in_s=90.0,
+        why="the disk is full",
+        suspect="job2.7",
+        report=NodeReport(fault="the disk is full"),
+    )
+    assert remarks(told) == [
+        "takes nothing new: the disk is full",
+        "is ours for another 1 min 30 s",
+        "is kept for a task of job job1, which would wait for ever otherwise",
+        "runs job2.7, which may have cost another node",
+    ]

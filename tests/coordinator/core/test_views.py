@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from herder_coordinator.core import events, views
-from herder_shared.ids import BlobId, JobId, NodeName
+from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
 from herder_shared.states import AgentState, Cause, Outcome, TaskState
 from herder_shared.wire.messages import Logs, NodeReport, Payload, TaskInfo, TaskItem, WorkloadReport
 from support.core_lab import CLIENT, JOB, WORKLOAD, Lab, failed, success
@@ -127,3 +127,55 @@ def test_draining_is_known_before_the_node_is(lab: Lab) -> None:
     lab.do(events.DrainRequested(NodeName("later"), on=True))
     assert views.is_draining(lab.state, NodeName("later"))
     assert not views.is_draining(lab.state, NodeName("n1"))
+
+
+def test_owners_say_what_they_hold_and_what_is_due_to_them(lab: Lab) -> None:
+    other = Incarnation("client2")
+    lab.state.policy.weights["you"] = 3.0
+    lab.client(other, owner="you", session=2)
+    lab.submit(3)
+    lab.open(JobId("job2"), client=other)
+    lab.submit(1, JobId("job2"), client=other)
+    for _ in range(20):
+        lab.pass_time(10.0)
+        lab.heard()
+    me, you = views.owners(lab.state)
+    assert (me.owner, me.cores, me.weight, me.share) == ("me", 2.0, 1.0, 0.25)
+    assert (you.owner, you.cores, you.weight, you.share) == ("you", 0.0, 3.0, 0.75)
+    assert me.mean_cores == pytest.approx(2 * (1 - 2 ** (-200 / 600)), abs=0.01)
+    assert views.status(lab.state).owners == (me, you)
+
+
+def test_what_is_held_back_is_counted(lab: Lab) -> None:
+    lab.submit(3)
+    lab.open(JobId("wide"), cores=2.0)
+    lab.submit(1, JobId("wide"))
+    lab.open(JobId("paused"))
+    lab.change(JobId("paused"), paused=True)
+    lab.ended(success(lab.attempt()))
+    lab.ended(success(lab.attempt(1), 1))
+    status = views.status(lab.state)
+    assert (status.paused_jobs, status.suspects) == (1, 0)
+    lab.do(events.AgentDisconnected(NodeName("n1"), 1))
+    lab.pass_time(40.0)
+    assert views.status(lab.state).suspects == 1
+    lab.node("n2", session=2, cores=4)
+    (node,) = [node for node in views.nodes(lab.state, lab.now_s) if node.facts.node == "n2"]
+    assert node.suspect == "wide.0"
+    assert views.status(lab.state).suspects == 1
+
+
+def test_a_node_says_why_it_takes_nothing_new(lab: Lab) -> None:
+    def why() -> tuple[str, str]:
+        (info,) = views.nodes(lab.state, lab.now_s)
+        return info.why, views.drain_reason(lab.state, lab.state.nodes[NodeName("n1")])
+
+    assert why()[0] == ""
+    lab.do(events.DrainRequested(NodeName("n1"), on=True))
+    assert why() == ("", "asked")
+    lab.state.drained[NodeName("n1")] = "nothing starts"
+    assert why() == ("nothing starts", "nothing_starts")
+    lab.do(events.AgentHeard(NodeName("n1"), 1, NodeReport(fault="the disk is full")))
+    assert why() == ("the disk is full", "fault")
+    lab.node("n1", session=2, incarnation="new", ends_in_s=5.0)
+    assert why() == ("it will end soon", "ending")

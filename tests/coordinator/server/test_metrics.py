@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.server.conftest import Run
 from herder_coordinator.core.effects import Observe
-from herder_coordinator.server.metrics import Histogram, Metrics, Sources
-from herder_shared.ids import WorkloadKey
+from herder_coordinator.core.state import UNITS, Share, new_state
+from herder_coordinator.server.metrics import OWNER_LABELS_MAX, Histogram, Metrics, Sources
+from herder_shared.ids import ClusterId, WorkloadKey
 from herder_shared.limits import WORKLOAD_LABELS_MAX
 from herder_shared.wire import messages as m
 from support.coordinators import (
@@ -83,6 +84,17 @@ def test_demotions_count_by_cause() -> None:
     assert read(metrics)["herder_workloads_demoted_total", (("reason", "deadlock"),)] == 2
 
 
+def test_owners_who_use_most_have_labels_of_their_own() -> None:
+    state = new_state(ClusterId("c" * 32), 1)
+    for n in range(OWNER_LABELS_MAX + 5):
+        state.owners[f"owner{n}"] = Share(held=(n + 1) * UNITS)
+    metrics = Metrics(Sources(state=lambda: state, now_s=lambda: 0.0, version="1"))
+    held = {labels[0][1]: value for (name, labels), value in read(metrics).items() if name == "herder_owner_cores"}
+    assert len(held) == OWNER_LABELS_MAX + 1
+    assert held["other"] == 1 + 2 + 3 + 4 + 5
+    assert held[f"owner{OWNER_LABELS_MAX + 4}"] == OWNER_LABELS_MAX + 5
+
+
 def test_everything_of_the_public_list_is_exposed_and_linted(authority: Authority, tmp_path: Path, run: Run) -> None:
     async def go() -> None:
         async with (
@@ -111,6 +123,9 @@ def test_everything_of_the_public_list_is_exposed_and_linted(authority: Authorit
             assert found["herder_node_cores_allocated", (("node", "n1"),)] == 0
             assert found["herder_templates", (("state", "ready"), ("workload", "sums"))] == 1
             assert found["herder_agents", (("state", "ready"),)] == 1
+            assert found["herder_nodes_drained", (("reason", "fault"),)] == 0
+            assert (found["herder_jobs_paused", ()], found["herder_nodes_kept", ()]) == (0, 0)
+            assert found["herder_tasks_suspect", ()] == 0
             assert found["herder_tasks", (("state", "ended"),)] == 4
             assert found["herder_journal_commit_seconds_count", ()] > 0
             assert found["herder_scheduler_decision_seconds_count", ()] > 0
