@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from herder_coordinator.core import events, records, views
+from herder_coordinator.core import events, records
 from herder_coordinator.core.effects import Persist, SendToAgent
 from herder_coordinator.core.ends import NOTHING_STARTS
 from herder_shared.ids import AttemptId, JobId, NodeName
@@ -226,7 +226,7 @@ def test_a_node_on_which_nothing_starts_is_drained_while_another_can_take_over(l
     assert records.DrainSet(N1, True, NOTHING_STARTS) in lab.records
     for by_snapshot in (False, True):  # the reason is not forgotten
         lab.restart(by_snapshot=by_snapshot)
-        assert views.why_draining(lab.state, lab.state.nodes[N1]) == NOTHING_STARTS
+        assert lab.state.drained == {N1: NOTHING_STARTS}
 
 
 def _other_workload() -> JobSpec:
