@@ -22,6 +22,7 @@ from herder_shared.wire.messages import (
     CancelOk,
     Failure,
     Function,
+    JobSpec,
     Notice,
     Refused,
     SubmitOk,
@@ -33,6 +34,8 @@ from herder_shared.wire.messages import (
 
 #: Jobs that one owner may have at a time which have not been forgotten.
 JOBS_MAX = 100_000
+#: Of one job.
+TAGS_MAX = 64
 #: Ended detached jobs, whose results nobody need ever have asked for; beyond this the oldest are given up.
 DETACHED_KEPT_MAX = limits.ENDED_JOBS_MAX
 #: Jobs that are kept only because failed tasks of theirs could be run again; beyond this the oldest are given up.
@@ -180,6 +183,8 @@ def job_opened(turn: Turn, event: events.JobOpened) -> None:
         turn.to_client(event.client, SubmitOk(spec.job, summary.tasks))
     elif job is None and len(client.jobs) >= JOBS_MAX:
         turn.refuse(event.client, spec.job, 0, "RemoteProtocolError", f"more than {JOBS_MAX} jobs are open")
+    elif job is None and (text := _too_long(spec)):
+        turn.refuse(event.client, spec.job, 0, "PayloadTooLarge", text)
     elif job is None:
         turn.record(records.JobOpened(event.client, client.owner, spec, client.attempt, client.depth, client.grace_s))
         apply.open_job(state, event.client, client.owner, spec, client.attempt, client.depth)
@@ -192,6 +197,21 @@ def job_opened(turn: Turn, event: events.JobOpened) -> None:
             # It does not know that the job was opened, so it has seen nothing of it.
             feed = job.feeds[event.client] = Feed(job.acked, job.acked)
             turn.pump(job, event.client, feed)
+
+
+def _too_long(spec: JobSpec) -> str:
+    """What of the job's names is longer than anybody would read; "" when nothing is."""
+    named = {
+        "name": spec.name,
+        "workload's name": spec.workload.name,
+        **{f"tag {tag[:20]!r}": tag for tag in spec.tags},
+    }
+    for what, text in named.items():
+        if len(text) > limits.NAME_CHARS_MAX:
+            return f"the job's {what} has {len(text)} characters; at most {limits.NAME_CHARS_MAX} are kept: shorten it"
+    if len(spec.tags) > TAGS_MAX:
+        return f"the job has {len(spec.tags)} tags; at most {TAGS_MAX} are kept"
+    return ""
 
 
 def _own_job(turn: Turn, client: Incarnation, job_id: JobId, first: int, upto: int) -> Job | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from herder_coordinator.core import events, records
-from herder_coordinator.core.effects import DropBlobs, Persist
+from herder_coordinator.core.effects import DropBlobs, Persist, SendToClient
 from herder_shared import limits
-from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
+from herder_shared.ids import BlobId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause, Outcome, TaskState
 from herder_shared.wire.messages import (
     Answer,
@@ -20,6 +21,7 @@ from herder_shared.wire.messages import (
     SubmitRefused,
     TaskItem,
     TasksEnded,
+    WorkloadSpec,
 )
 from support.core_lab import (
     CLIENT,
@@ -312,6 +314,35 @@ def test_another_priority_moves_what_is_pending(lab: Lab) -> None:
     lab.submit(2, job2)
     lab.change(job2, priority=3)
     assert [start.job for _, start, _ in starts(lab.node(session=2, cores=2))] == [job2, job2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "n" * 1_000_000},
+        {"workload": WorkloadSpec(WorkloadKey("w1"), name="w" * 201)},
+        {"tags": ("t" * 201,)},
+        {"tags": tuple(map(str, range(65)))},
+    ],
+    ids=["name", "workload", "tag", "tags"],
+)
+def test_names_that_nobody_would_read_are_refused_and_not_kept(lab: Lab, changes: dict[str, Any]) -> None:
+    (refused,) = lab.do(events.JobOpened(CLIENT, msgspec.structs.replace(job_spec(), **changes)))
+    assert isinstance(refused, SendToClient)
+    assert isinstance(refused.message, SubmitRefused)
+    assert refused.message.error == "PayloadTooLarge"
+    assert len(refused.message.message) < 300
+    assert not lab.state.jobs
+
+
+def test_a_job_of_somebody_else_is_not_cancelled(lab: Lab) -> None:
+    lab.open()
+    lab.submit(1)
+    eve = Incarnation("eve")
+    lab.client(eve, owner="eve", session=9)
+    (refused,) = to_client(lab.do(events.CancelRequested(eve, JOB, None, running=True)), eve)
+    assert (refused.error, lab.outcomes()) == ("Unauthorized", {})
+    assert not lab.state.jobs[JOB].cancelled
 
 
 def test_a_change_of_an_unknown_or_a_foreign_job_is_refused(lab: Lab) -> None:
