@@ -322,11 +322,27 @@ def load_profile(name: str | None = None, *, environ: Mapping[str, str] | None =
         others = sorted(path.parent.name for path in root.glob("*/profile.toml"))
         known = f"there are: {', '.join(others)}" if others else "there are none: make one with `herder init`"
         raise ConfigError(f"there is no profile {name!r} in {root}; {known}")
+    _check_profile_file(file)
     try:
         content = msgspec.convert(_read_toml(file), _ProfileFile)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
     return Profile(name, folder, content.addresses, ClusterId(content.cluster), content.http)
+
+
+def _check_profile_file(file: Path) -> None:
+    """Refuse a file that somebody else could have written: it says whom this user's programs connect to. It holds no
+    secret, so others may read it."""
+    status = file.lstat()
+    user = os.geteuid()
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{file} is a link, or no regular file: replace it by a copy of its target")
+    if status.st_uid not in {user, 0}:
+        raise ConfigError(f"{file} belongs to user {status.st_uid}, not to {user}: run `chown {user} {file}`")
+    if status.st_mode & 0o022:
+        raise ConfigError(
+            f"{file} can be written by others (mode {status.st_mode & 0o777:04o}): run `chmod 600 {file}`"
+        )
 
 
 def save_profile(profile: Profile) -> None:

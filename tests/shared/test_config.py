@@ -186,6 +186,29 @@ def test_without_a_profile_the_error_says_how_to_get_one(environ: dict[str, str]
         load_profile("lba", environ=environ)
 
 
+@pytest.mark.parametrize("harm", ["link", "fifo", "writable", "owner"])
+def test_a_profile_that_somebody_else_could_have_written_is_refused_with_the_fix(
+    environ: dict[str, str], harm: str
+) -> None:
+    file = create_profile("lab", environ=environ).folder / "profile.toml"
+    match harm:
+        case "link":
+            file.rename(file.with_name("elsewhere"))
+            file.symlink_to("elsewhere")
+        case "fifo":
+            file.unlink()
+            os.mkfifo(file)
+        case "writable":
+            file.chmod(0o664)
+        case "owner":
+            if os.geteuid() != 0:
+                pytest.skip("giving a file to another user needs root")
+            os.chown(file, 12345, -1)
+    text = {"link": "copy of its target", "fifo": "regular file", "writable": "chmod 600", "owner": "chown 0"}[harm]
+    with pytest.raises(ConfigError, match=text):
+        load_profile("lab", environ=environ)
+
+
 def test_a_damaged_profile_is_a_config_error(environ: dict[str, str]) -> None:
     profile = create_profile("lab", environ=environ)
     for text in ("cluster = 5", "colour = 'red'\ncluster = 'x'", "cluster = ", ""):

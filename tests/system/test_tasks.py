@@ -344,13 +344,14 @@ def test_detached_job_outlives_its_client(cluster: herder.LocalCluster, client: 
 
 
 def test_names_of_any_characters_are_kept(cluster: herder.LocalCluster, client: herder.Client) -> None:
-    name = '\u00fc\n\u202e"}'
+    name = '-rf ../\u00fc\n\x1b[2J\0\u202e"}'
     assert client.array(abs, [1], name=name).status().name == name
     program = [sys.executable, "-m", "herder.cli", "jobs", "--all"]
     environ = {**os.environ, **cluster.environ}
     listed = subprocess.run(program, env=environ, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert (listed.returncode, listed.stderr) == (0, "")
-    assert "\n\u202e" not in listed.stdout, "a name breaks the table"
+    assert not {"\x1b", "\0", "\u202e"} & set(listed.stdout), "a name breaks the table"
+    assert "-rf ../\u00fc" in listed.stdout
 
 
 def test_uncaught_exception_shows_where_it_was_raised_on_the_node(tmp_path: Path) -> None:

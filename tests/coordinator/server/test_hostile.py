@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 #: To find out that a connection was closed, on a busy machine.
 SLACK_S = 4.0
 #: As many of each kind.
-MANY = 5
+MANY = 3
 
 
 def resident_bytes(process: Process) -> int:
@@ -172,13 +172,15 @@ def test_a_peer_without_a_certificate_gets_no_byte_past_the_handshake(
     context.load_verify_locations(authority.identity("client", "mallory") / tls.AUTHORITY_CERTIFICATE)
 
     async def go(process: Process) -> None:
-        with socket.create_connection(process.address, timeout=30) as plain:
-            with context.wrap_socket(plain, server_hostname=tls.server_name(CLUSTER)) as peer:
-                with contextlib.suppress(ssl.SSLError, ConnectionError):
-                    peer.sendall(encode_frame(m.Hello(1, CLUSTER, Incarnation("i"))))
-                with pytest.raises((ssl.SSLError, ConnectionError)) as refused:
-                    peer.recv(1)
-                assert "CERTIFICATE_REQUIRED" in str(refused.value)
+        with (
+            socket.create_connection(process.address, timeout=30) as plain,
+            context.wrap_socket(plain, server_hostname=tls.server_name(CLUSTER)) as peer,
+        ):
+            with contextlib.suppress(ssl.SSLError, ConnectionError):
+                peer.sendall(encode_frame(m.Hello(1, CLUSTER, Incarnation("i"))))
+            with pytest.raises((ssl.SSLError, ConnectionError)) as refused:
+                peer.recv(1)
+            assert "CERTIFICATE_REQUIRED" in str(refused.value)
 
     with coordinator_process(config_for(authority, tmp_path)) as process:
         run(go(process))
