@@ -339,7 +339,7 @@ def _check_profile_file(file: Path) -> None:
         raise ConfigError(f"{file} is a link, or no regular file: replace it by a copy of its target")
     if status.st_uid not in {user, 0}:
         raise ConfigError(f"{file} belongs to user {status.st_uid}, not to {user}: run `chown {user} {file}`")
-    if status.st_mode & 0o022:
+    if status.st_mode & 0o022 and file.parent.stat().st_mode & 0o011:
         raise ConfigError(
             f"{file} can be written by others (mode {status.st_mode & 0o777:04o}): run `chmod 600 {file}`"
         )
@@ -390,6 +390,7 @@ def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        partial.chmod(0o600)
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,8 @@ def test_a_profile_that_somebody_else_could_have_written_is_refused_with_the_fix
             os.mkfifo(file)
         case "writable":
             file.chmod(0o664)
+            assert load_profile("lab", environ=environ).name == "lab"  # nobody can reach it in its folder
+            file.parent.chmod(0o755)
         case "owner":
             if os.geteuid() != 0:
                 pytest.skip("giving a file to another user needs root")
