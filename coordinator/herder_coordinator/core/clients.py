@@ -305,7 +305,7 @@ def cancel_requested(turn: Turn, event: events.CancelRequested) -> None:
     job = state.jobs.get(event.job)
     client = state.clients.get(event.client)
     if job is not None and client is not None:
-        if job.client != event.client and job.owner != client.owner:
+        if job.client != event.client and job.owner != client.owner and not event.is_admin:
             turn.refuse(event.client, job.id, 0, "Unauthorized", f"job {job.id} belongs to {job.owner!r}")
             return
         cancel(turn, job, event.indices, event.running)

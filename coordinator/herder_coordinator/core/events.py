@@ -89,10 +89,13 @@ class JobChangeRequested:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequested:
+    """An admin may cancel others' tasks."""
+
     client: Incarnation
     job: JobId
     indices: tuple[int, ...] | None
     running: bool
+    is_admin: bool = False
 
 
 @dataclass(frozen=True, slots=True)

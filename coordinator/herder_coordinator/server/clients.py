@@ -85,7 +85,7 @@ class Clients:
             older.link.close("another connection of this client replaced it")
         self._links[link] = client
         self._by_client[client.client] = client
-        owner = link.hello.owner or link.peer.name
+        owner = _owner(link)
         log.info("client %s of %r connected (session %d)", client.client, owner, link.session)
         grace_s = link.hello.disconnect_grace_s
         self._core.raise_event(events.ClientConnected(client.client, link.session, owner, node, attempt, grace_s))
@@ -154,7 +154,8 @@ class Clients:
             case m.CloseJob():
                 raise_event(events.JobClosed(name, message.job, message.count))
             case m.CancelTasks():
-                raise_event(events.CancelRequested(name, message.job, message.indices, message.running))
+                is_admin = client.link.peer.role == "admin"
+                raise_event(events.CancelRequested(name, message.job, message.indices, message.running, is_admin))
             case m.RetryFailed():
                 raise_event(events.RetryRequested(name, message.id, message.job))
             case m.Attach():
@@ -329,6 +330,12 @@ class Clients:
 
     def __len__(self) -> int:
         return len(self._links)
+
+
+def _owner(link: Link) -> str:
+    """Whose the client's jobs are. Who has a user's certificate is that user; an admin is who he says he is, as his
+    profile may serve several people."""
+    return link.peer.name if link.peer.role == "client" else link.hello.owner or link.peer.name
 
 
 def _named(message: m.SubmitTasks) -> list[BlobId]:

@@ -343,6 +343,9 @@ def test_a_job_of_somebody_else_is_not_cancelled(lab: Lab) -> None:
     (refused,) = to_client(lab.do(events.CancelRequested(eve, JOB, None, running=True)), eve)
     assert (refused.error, lab.outcomes()) == ("Unauthorized", {})
     assert not lab.state.jobs[JOB].cancelled
+    some = lab.do(events.CancelRequested(eve, JOB, None, running=True, is_admin=True))
+    assert to_client(some, eve) == [CancelOk(JOB, None)]
+    assert lab.state.jobs[JOB].cancelled
 
 
 def test_a_change_of_an_unknown_or_a_foreign_job_is_refused(lab: Lab) -> None:

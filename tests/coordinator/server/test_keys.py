@@ -13,9 +13,11 @@ import pytest
 from coordinator.server.conftest import Run
 from herder_shared import tls
 from herder_shared.errors import HerderError, Unauthorized
+from herder_shared.ids import Incarnation
 from herder_shared.states import Outcome
 from herder_shared.wire import messages as m
 from support.coordinators import (
+    JOB,
     MemoryJournal,
     Peer,
     agent_of,
@@ -29,6 +31,7 @@ from support.coordinators import (
     submission,
 )
 from support.links import CLUSTER, Authority, Client, agent_hello
+from support.links import running as linked_to
 
 
 def key_of(identity: Path) -> m.Key:
@@ -50,6 +53,12 @@ async def doomed(client: Client) -> AsyncIterator[asyncio.Task[HerderError]]:
     await client.observer.link()
     yield ending
     await asyncio.wait_for(ending, 10)
+
+
+@asynccontextmanager
+async def linked_as(client: Client) -> AsyncIterator[Peer]:
+    async with linked_to(client):
+        yield Peer(client, await client.observer.link())
 
 
 async def revoke(admin: Peer, *keys: m.Key) -> m.Answer:
@@ -158,6 +167,25 @@ def test_only_admins_revoke_and_not_themselves(authority: Authority, tmp_path: P
                     assert isinstance(await ending, Unauthorized)
             admin.send(m.ListKeys(3))
             assert not any(info.revoked for info in (await admin.next(m.Answer)).keys or ())
+
+    run(go())
+
+
+def test_who_has_a_users_certificate_is_that_user_whatever_he_says(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    async def go() -> None:
+        async with (
+            coordinating(authority, tmp_path) as running,
+            client_of(authority, running.address, role="admin") as ann,
+        ):
+            ann.send(m.OpenJob(job_spec()), submission(1))
+            identity = authority.identity("client", "mallory")
+            hello = m.Hello(1, CLUSTER, Incarnation("m" * 16), owner="ann")
+            async with linked_as(Client(identity, running.address, hello=hello)) as mallory:
+                mallory.send(m.CancelTasks(JOB))
+                refused = await mallory.next(m.SubmitRefused)
+                assert (refused.error, "belongs to 'ann'" in refused.message) == ("Unauthorized", True)
 
     run(go())
 
