@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from herder.futures import Future, error_for, guard
+from herder.options import Options
 from herder.outcomes import Kind, TaskLogs, is_cancelled, logs_of, outcome_of
 from herder.turnstile import Patience
 from herder_shared.errors import DataLost, HerderError, JobNotFound
@@ -542,7 +543,12 @@ class Job:
         self._change(paused=False)
 
     def set_priority(self, priority: int) -> None:
-        """From now on its tasks go before all of a lower priority. Raises as `status`."""
+        """From now on its tasks go before all of a lower priority. Raises as `status`.
+
+        Raises:
+            TypeError, ValueError: that is no priority.
+        """
+        Options().with_given({"priority": priority})
         self._change(priority=priority)
 
     def _change(self, *, paused: bool | None = None, priority: int | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,6 +163,8 @@ def _seconds_or_none(name: str, value: Any) -> float | None:
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a text or several, not {value!r}")
     texts = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name} must be texts, not {value!r}")
@@ -176,6 +178,8 @@ def _resources(name: str, value: Any) -> tuple[tuple[str, float], ...]:
 
 
 def _exceptions(name: str, value: Any) -> tuple[type[BaseException], ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable | type):
+        raise TypeError(f"{name} must be exception types, not {value!r}")
     types = (value,) if isinstance(value, type) else tuple(value)
     for each in types:
         if not (isinstance(each, type) and issubclass(each, BaseException)):

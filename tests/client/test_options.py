@@ -42,6 +42,10 @@ def test_equal_options_are_equal_and_hashable() -> None:
     ("name", "value", "error"),
     [
         ("cores", -1, ValueError),
+        ("nodes", 3, TypeError),
+        ("retry_on", "OSError", TypeError),
+        ("retry_on", 3, TypeError),
+        ("priority", 10**30, ValueError),
         ("cores", 1.5, ValueError),
         ("cores", "2", TypeError),
         ("cores", float("nan"), TypeError),

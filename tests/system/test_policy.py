@@ -153,11 +153,15 @@ def test_a_parent_that_holds_what_its_child_needs_is_named(
     cluster: herder.LocalCluster, client: herder.Client, tmp_path: Path
 ) -> None:
     parent = client.options(gpus=2).submit(wait_for_one_with_a_gpu, str(tmp_path / "child"))
-    assert wait_until((tmp_path / "child").exists, WAIT_S)
-    child = (tmp_path / "child").read_text()
-    expected = f"{parent.task_id} on local-1 holds 2 GPUs while it waits for tasks of its own"
-    assert wait_until(lambda: expected in run(cluster, "job", child, "--explain"), WAIT_S)
-    parent.cancel()
+    try:
+        assert wait_until((tmp_path / "child").exists, WAIT_S)
+        child = (tmp_path / "child").read_text()
+        expected = f"{parent.task_id} on local-1 holds 2 GPUs while it waits for tasks of its own"
+        assert wait_until(lambda: expected in run(cluster, "job", child, "--explain"), WAIT_S), run(
+            cluster, "job", child, "--explain"
+        )
+    finally:
+        parent.cancel()
 
 
 @pytest.fixture(scope="module")

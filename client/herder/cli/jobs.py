@@ -49,7 +49,7 @@ def job_row(info: JobInfo) -> tuple[str, ...]:
         info.job,
         info.name,
         info.owner,
-        info.state,
+        f"{info.state}, paused" if info.paused else info.state,
         str(info.tasks),
         str(info.counts.get(TaskState.ENDED, 0)),
         str(failed_count(info)),

@@ -180,9 +180,10 @@ def error_line(error: BaseException) -> str:
     """One line: what happened, where, and (it is in the message) what to do. Safe to show on a terminal."""
     from herder.cli.output import escape_controls
 
-    parts = [f"{name} {value}" for name in ("task_id", "node", "attempt") if (value := getattr(error, name, None))]
-    where = f" ({', '.join(parts).replace('task_id', 'task')})" if parts else ""
     text = " ".join(str(error).split()) or type(error).__name__
+    parts = [f"{name} {value}" for name in ("task_id", "node", "attempt") if (value := getattr(error, name, None))]
+    is_said = str(getattr(error, "task_id", None)) in text
+    where = f" ({', '.join(parts).replace('task_id', 'task')})" if parts and not is_said else ""
     return f"herder: {escape_controls(text)}{where}"
 
 

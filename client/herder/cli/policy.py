@@ -46,7 +46,7 @@ def _set_paused(what: tuple[str, ...], *, is_node: bool, paused: bool, profile: 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("job_id", metavar="ID")
-@click.argument("value", metavar="PRIORITY", type=int)
+@click.argument("value", metavar="PRIORITY", type=click.IntRange(-(2**63), 2**63 - 1))
 @cluster_options
 def priority(job_id: str, value: int, profile: str | None, as_json: bool) -> None:
     """Give a job another priority: its tasks go before all of a lower one, whoever they belong to. The default is 0."""

@@ -32,6 +32,9 @@ FAILURES_SHOWN_MAX = 20
 @click.option("--cores", type=float, default=1.0, show_default=True, help="Cores of a task; below 1 it shares one.")
 @click.option("--memory", metavar="4GiB", help="Memory of a task: its limit, and what is reserved.")
 @click.option("--gpus", type=int, help="GPUs of a task.")
+@click.option("--resource", "resources", metavar="NAME=AMOUNT", multiple=True, help="A named resource of a task.")
+@click.option("--memory-max", metavar="16GiB", help="How far its memory may grow when a task runs out of it.")
+@click.option("--placement", type=click.Choice(["spread", "pack"]), help="Fill nodes evenly, or one after the other.")
 @click.option("--nodes", metavar="NAME,...", help="Names or labels of the nodes to use.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Limit of an attempt.")
 @click.option("--retries", type=int, help="Further attempts after a task's own failure.")
@@ -156,6 +159,24 @@ def parse_environment(pairs: Iterable[str]) -> dict[str, str] | None:
     return found or None
 
 
+def parse_resources(pairs: Iterable[str]) -> dict[str, float]:
+    """Read `NAME=AMOUNT` pairs.
+
+    Raises:
+        click.BadParameter: one has no name, or no number.
+    """
+    found: dict[str, float] = {}
+    for pair in pairs:
+        name, _, amount = pair.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            name = ""
+        if not name:
+            raise click.BadParameter(f"{pair!r}: write NAME=AMOUNT, as in licence=1", param_hint="--resource")
+    return found
+
+
 def job_options(options: dict[str, Any], command: Command, *, detached: bool) -> dict[str, Any]:
     """The options given on the command line, as `Client.options` takes them.
 
@@ -165,6 +186,8 @@ def job_options(options: dict[str, Any], command: Command, *, detached: bool) ->
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "nodes" in given:
         given["nodes"] = tuple(part for part in given["nodes"].split(",") if part)
+    if "resources" in given:
+        given["resources"] = parse_resources(given["resources"])
     given.setdefault("name", command.arguments[0].split()[0].rpartition("/")[2][:NAME_CHARS_MAX] or "command")
     try:
         Options().with_given(given)

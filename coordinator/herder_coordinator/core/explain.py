@@ -123,6 +123,7 @@ def _placed(state: State, task: Task, node: Node) -> Explanation:
         place = list(node.ahead).index(task.attempt)
         kind = "look_ahead"
         summary = f"attempt {task.ordinal} waits on {node.name} for a slot, behind {place} others that were sent ahead"
+        details += standstill.holders(state, task.request)
     else:
         kind = "starting"
         summary = f"attempt {task.ordinal} was sent to {node.name} {since_s:.1f} s ago and has not started its code yet"
@@ -222,12 +223,18 @@ def _why_pending(state: State, job: Job, queue: Queue, task: Task | None) -> tup
     able = [node for node in usable if placement.could_ever_fit(node, queue.group.request)]
     asked = placement.asked_for(queue.group.request)
     if not able:
-        return "no_room", f"none of the {len(usable)} nodes that take tasks now could run it ({asked}); others may come"
+        which = "the node that takes" if len(usable) == 1 else f"all {len(usable)} nodes that take"
+        return "no_room", f"it asks for {asked}, which is more than {which} tasks now could ever give; others may come"
     fitting = [node for node in able if placement.room(node, queue.group.request, 1) and not node.ahead]
     others = [node for node in fitting if node.reserved is not None and node.reserved is not queue.group]
     if others and len(others) == len(fitting):
         return "kept", f"there is room ({asked}) only on nodes that are kept for others which have waited longer"
     if not fitting:
+        if len(able) == 1:
+            return (
+                "no_room",
+                f"it asks for {asked}, and {able[0].name}, the only node that could run it, does not have that free",
+            )
         return "no_room", f"it asks for {asked}, and none of the {len(able)} nodes that could run it has that free"
     if task is not None and task.quarantine_s:
         return "turn", "it may have cost its last node, so it waits for a node without another such task"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from itertools import islice
 
-from herder_coordinator.core import apply, placement, quarantine, reserve, shares
+from herder_coordinator.core import apply, placement, quarantine, reserve, shares, standstill
 from herder_coordinator.core.ends import end_pending, recall_ahead
 from herder_coordinator.core.state import UNITS, Group, Node, Queue, Request, Share, State, Task
 from herder_coordinator.core.turn import Turn
@@ -31,6 +31,8 @@ JOBS_SHARING = 32
 #: What lies in look-ahead is recalled when it has lain there for so many times longer than it was to, and another node
 #: has room: something in front of it takes longer than was expected.
 RECALL_AFTER_S = 4 * limits.LOOK_AHEAD_S
+#: Nodes that one message names.
+NODES_NAMED_MAX = 10
 AHEAD = "no node had room, and it is short: it was sent ahead, to start when a slot becomes free there"
 #: Attempts that a queue is sent ahead at a time: they are short, and counted, so that others get as many next time.
 AHEAD_SLICE = 8
@@ -371,7 +373,7 @@ def _ahead_candidates(state: State, request: Request, pace_s: float) -> list[tup
     candidates = []
     for node in state.hungry_nodes.values():
         count = placement.ahead_room(node, request, pace_s)
-        if count:
+        if count and standstill.fits_beside_waiting(state, node, request):
             price = max(1, round(pace_s * 1e6 * max(request.cores, 1) / node.cores))
             candidates.append((round((limits.LOOK_AHEAD_S - node.ahead_s) * 1e6), price, node, count))
     return candidates
@@ -429,12 +431,18 @@ def judge(turn: Turn) -> None:
             end_pending(turn, queue, failure)
 
 
+def _with_labels(node: Node) -> str:
+    labels = sorted(node.labels - {node.name})
+    return f"{node.name} ({', '.join(labels)})" if labels else node.name
+
+
 def unschedulable_text(state: State, request: Request) -> str:
     """Name the request and the largest node."""
     named = [node for node in state.nodes.values() if not request.nodes or not node.labels.isdisjoint(request.nodes)]
     asked = placement.asked_for(request)
     if not named:
-        known = ", ".join(state.nodes)
+        known = ", ".join(_with_labels(node) for node in list(state.nodes.values())[:NODES_NAMED_MAX])
+        known += f" and {more} more" if (more := len(state.nodes) - NODES_NAMED_MAX) > 0 else ""
         return f"no known node has one of the names or labels asked for ({asked}); the nodes are {known}"
     largest = max(named, key=lambda node: (node.cores, node.memory_bytes))
     rest = "".join(f", {name}={amount / UNITS:g}" for name, amount in largest.resources.items())

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass, field
 
 from herder_coordinator.core import placement
-from herder_coordinator.core.ends import end_pending
+from herder_coordinator.core.ends import end_pending, recall_ahead
 from herder_coordinator.core.state import UNITS, Group, Job, Node, Request, State, Task
 from herder_coordinator.core.turn import Turn
 from herder_shared.ids import AttemptId, JobId, NodeName, task_id
@@ -40,18 +40,36 @@ HOLDERS_NAMED_MAX = 5
 def check(turn: Turn) -> None:
     """Look for a standstill from time to time, and end one that lasts."""
     state = turn.state
-    if not state.task_clients or not state.busy:
+    if not state.task_clients:
         state.standstill = ()
         return
     if state.now_s < state.standstill_look_s:
         return
     state.standstill_look_s = state.now_s + LOOK_EVERY_S
+    _recall(turn)
     members = find(state)
     if tuple(members) != state.standstill:
         state.standstill, state.standstill_s = tuple(members), state.now_s
     elif members and state.now_s >= state.standstill_s + STANDSTILL_S:
         state.standstill = ()
         _end_one(turn, members)
+
+
+def _recall(turn: Turn) -> None:
+    """What was sent ahead, before somebody there began to wait, and now lies behind what that one holds."""
+    state = turn.state
+    for node in {node.name: node for node, _ in _waiting(state)}.values():
+        ahead = [node.attempts[attempt] for attempt in node.ahead]
+        recall_ahead(turn, [task for task in ahead if not fits_beside_waiting(state, node, task.request)])
+
+
+def fits_beside_waiting(state: State, node: Node, wanted: Request) -> bool:
+    """Whether there would be room on the node if all ended there but the tasks that wait for tasks of their own."""
+    if not state.task_clients or not (wanted.memory_bytes or wanted.gpus or wanted.resources):
+        return True
+    attempts = sorted(state.task_clients.keys() & node.attempts.keys())
+    kept = [node.attempts[attempt].request for attempt in attempts if node.attempts[attempt].lent]
+    return not _is_taken(node, wanted, kept)
 
 
 def _end_one(turn: Turn, members: dict[AttemptId, Task]) -> None:
@@ -191,13 +209,17 @@ class _Look:
     def _is_taken(self, node: Node, wanted: Request) -> bool:
         if node.facts is None or not node.session or not node.synced:
             return False
-        kept = self._kept.get(node.name, [])
-        named = dict(node.resources)
-        for request in kept:
-            for name, amount in request.resources:
-                named[name] = named.get(name, 0) - amount
-        return (
-            wanted.memory_bytes > node.memory_bytes - sum(request.memory_bytes for request in kept)
-            or wanted.gpus > node.gpus - sum(request.gpus for request in kept)
-            or any(amount > named.get(name, 0) for name, amount in wanted.resources)
-        )
+        return _is_taken(node, wanted, self._kept.get(node.name, []))
+
+
+def _is_taken(node: Node, wanted: Request, kept: list[Request]) -> bool:
+    """Whether too little is left of the node's memory, GPUs and named resources beside these."""
+    named = dict(node.resources)
+    for request in kept:
+        for name, amount in request.resources:
+            named[name] = named.get(name, 0) - amount
+    return (
+        wanted.memory_bytes > node.memory_bytes - sum(request.memory_bytes for request in kept)
+        or wanted.gpus > node.gpus - sum(request.gpus for request in kept)
+        or any(amount > named.get(name, 0) for name, amount in wanted.resources)
+    )

@@ -67,6 +67,8 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_line_is_one_line_and_says_where() -> None:
     error = errors.TaskCrashed("died\nof \x1b[31m a signal", task_id="3f.1", node="n1", attempt=2)
     assert error_line(error) == "herder: died of \\x1b[31m a signal (task 3f.1, node n1, attempt 2)"
+    error = errors.TaskCrashed("died (task 3f.1, attempt 2 on node n1)", task_id="3f.1", node="n1", attempt=2)
+    assert error_line(error) == "herder: died (task 3f.1, attempt 2 on node n1)"
 
 
 def test_help_lists_every_command() -> None:

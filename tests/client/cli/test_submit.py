@@ -47,6 +47,8 @@ def test_job_is_named_after_its_command_and_only_what_was_given_is_passed() -> N
     command = parse_command(["/usr/bin/sort", "{}"], takes_value=True)
     options = job_options({"cores": 2.0, "memory": None, "tags": (), "nodes": "a,b"}, command, detached=True)
     assert options == {"cores": 2.0, "nodes": ("a", "b"), "name": "sort", "detached": True}
+    options = job_options({"resources": ("licence=0.5", "disk=2")}, command, detached=False)
+    assert options == {"resources": {"licence": 0.5, "disk": 2.0}, "name": "sort", "detached": False}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,11 @@ def test_job_is_named_after_its_command_and_only_what_was_given_is_passed() -> N
         ["submit", "--cores", "1.5", "--", "true"],
         ["submit", "--memory", "much", "--", "true"],
         ["submit", "--env", "A", "--", "true"],
+        ["submit", "--resource", "licence", "--", "true"],
+        ["submit", "--resource", "=1", "--", "true"],
+        ["submit", "--resource", "licence=-1", "--", "true"],
+        ["submit", "--placement", "evenly", "--", "true"],
+        ["submit", "--memory-max", "1GiB", "--", "true"],
     ],
 )
 def test_bad_command_line_has_status_2_and_one_line(arguments: list[str]) -> None:

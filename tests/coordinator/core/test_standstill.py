@@ -8,9 +8,11 @@ import pytest
 
 from herder_coordinator.core import events, standstill
 from herder_coordinator.core.explain import explain
+from herder_shared import limits
 from herder_shared.ids import AttemptId, Incarnation, JobId, NodeName
 from herder_shared.states import Cause, Outcome
-from support.core_lab import CLIENT, FUNCTION, JOB, Lab, item, job_spec, starts, success
+from herder_shared.wire.messages import CancelAttempts
+from support.core_lab import CLIENT, FUNCTION, JOB, Lab, failed, item, job_spec, starts, success, to_agent
 
 N1 = NodeName("n1")
 GPU: dict[str, Any] = {"gpus": 1, "cores": 1.0}
@@ -190,3 +192,23 @@ def test_what_changes_begins_the_time_anew(lab: Lab) -> None:
     assert lab.outcomes(job) == {}
     go_on(lab, 20)
     assert lab.outcomes(job) == {0: Outcome.FAILED}
+
+
+def test_what_was_sent_ahead_behind_a_task_that_waits_now_is_recalled_and_not_sent_again(lab: Lab) -> None:
+    short = JobId("short")
+    lab.open(short, **GPU)
+    lab.submit(1, short)
+    lab.ended(success(lab.attempt(0, short), 0, short, wall_s=0.001))  # so that it is known how short they are
+    attempt = parent(lab, **GPU)
+    job = child(lab, count=2, **GPU)
+    node = lab.state.nodes[N1]
+    ahead = list(node.ahead)
+    assert len(ahead) == 2
+    lend(lab, attempt)
+    assert "job1.0 on n1 holds 1 GPU" in details(lab, job)
+    some = lab.pass_time(standstill.LOOK_EVERY_S + 1)
+    assert CancelAttempts(tuple(ahead), limits.KILL_GRACE_S, waiting_only=True) in to_agent(some)
+    ends = [failed(each, Cause.CANCELLED, Outcome.CANCELLED, index, job=job) for index, each in enumerate(ahead)]
+    assert starts(lab.ended(*ends)) == []
+    outlast(lab)
+    assert lab.outcomes(job) == dict.fromkeys(range(2), Outcome.FAILED)
