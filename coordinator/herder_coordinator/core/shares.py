@@ -92,8 +92,10 @@ def owner_of(state: State, owner: str) -> Share:
 
 
 def weight_of(state: State, owner: str) -> float:
-    """As configured; 1 for who is not named."""
-    return max(state.policy.weights.get(owner, 1.0), 1 / UNITS)
+    """As configured for the owner, or for his name without the machine (`ann` of `ann@desk`); 1 for who is not named."""
+    weights = state.policy.weights
+    weight = weights.get(owner, weights.get(owner.partition("@")[0], 1.0))
+    return max(weight, 1 / UNITS)
 
 
 def _forget_idle(state: State) -> None:

@@ -56,6 +56,12 @@ def test_weights_divide_the_cores(lab: Lab) -> None:
     assert (given.count(JOB), given.count(JOB2)) == (25, 75)
 
 
+def test_a_weight_is_of_an_owner_or_of_his_name_on_every_machine(lab: Lab) -> None:
+    lab.state.policy.weights.update({"ann": 3.0, "ann@old": 0.5})
+    weights = [shares.weight_of(lab.state, owner) for owner in ("ann", "ann@desk", "ann@old", "anna@desk")]
+    assert weights == [3.0, 3.0, 0.5, 1.0]
+
+
 def test_parts_are_of_cores_not_of_tasks(lab: Lab) -> None:
     lab.open(JOB, cores=4.0)
     lab.open(JOB2, client=OTHER)
