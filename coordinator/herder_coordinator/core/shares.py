@@ -92,7 +92,7 @@ def owner_of(state: State, owner: str) -> Share:
 
 
 def weight_of(state: State, owner: str) -> float:
-    """As configured for the owner, or for his name without the machine (`ann` of `ann@desk`); 1 for who is not named."""
+    """As configured for the owner, or for his name without the machine (`ann` of `ann@desk`); 1 for whoever is not."""
     weights = state.policy.weights
     weight = weights.get(owner, weights.get(owner.partition("@")[0], 1.0))
     return max(weight, 1 / UNITS)
