@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from herder_shared.ids import BlobId
 from herder_shared.limits import BLOB_BYTES_MAX
@@ -30,7 +32,8 @@ class Fetches:
     """Blobs wanted, a few at a time, each continued after a lost connection where it stopped."""
 
     def __init__(self) -> None:
-        self._fetches: dict[BlobId, _Fetch] = {}
+        #: In the order in which they were wanted, which is that in which most of them end.
+        self._fetches: OrderedDict[BlobId, _Fetch] = OrderedDict()
 
     def want(self, name: BlobId, fetched: Fetched) -> None:
         """Ask for a blob; `fetched` is called once."""
@@ -39,7 +42,7 @@ class Fetches:
     def pump(self) -> list[ClientToCoordinator]:
         """What is to be asked now."""
         out: list[ClientToCoordinator] = []
-        for name, fetch in list(self._fetches.items())[:FETCHES_MAX]:
+        for name, fetch in islice(self._fetches.items(), FETCHES_MAX):
             if not fetch.is_asked:
                 fetch.is_asked = True
                 out.append(WantBlob(name, fetch.received_bytes))

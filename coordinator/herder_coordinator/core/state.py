@@ -487,8 +487,9 @@ class State:
     blobs: dict[BlobId, int] = field(default_factory=dict)
     unused: list[BlobId] = field(default_factory=list)
     summaries: dict[JobId, JobInfo] = field(default_factory=dict)
-    #: Acknowledged terminal records, for logs and for dependants that come late; bounded in bytes.
-    recent: dict[TaskKey, TaskEnd] = field(default_factory=dict)
+    #: Acknowledged terminal records, for logs and for dependants that come late; bounded in bytes. Ordered, as the
+    #: oldest goes for each new one: in a dict whose head is always removed its first key is ever further away.
+    recent: OrderedDict[TaskKey, TaskEnd] = field(default_factory=OrderedDict)
     recent_bytes: int = 0
     #: Of all jobs' `spent`.
     spent_bytes: int = 0
