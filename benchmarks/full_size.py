@@ -278,22 +278,20 @@ def million(asked: argparse.Namespace, report: Report) -> None:
                 during.append(other_owner(cluster))
             until(lambda: client.status().tasks, "an answer")
             took_s = time.monotonic() - start_s
-            before = job.progress().ended
             beside_s = other_owner(cluster)
-            meanwhile = job.progress().ended - before
             grown = watch.grown_bytes("coordinator")
             report.say(f"{asked.tasks} tasks accepted in {took_s:.1f} s ({asked.tasks / took_s:.0f}/s)")
             report.say(
                 f"another owner's 100 tasks: {alone_s:.2f} s alone, {max(during):.2f} s at most while they were "
-                f"submitted, {beside_s:.2f} s beside them, in which {meanwhile} of theirs ended"
+                f"submitted, {beside_s:.2f} s beside them"
             )
             report.say(
                 f"the coordinator grew by at most {grown / MIB:.0f} MiB ({grown / asked.tasks:.0f} bytes a task), "
                 f"and took {watch.cpu_s('coordinator'):.0f} s of processor time"
             )
             report.must(grown < asked.tasks_mib * MIB, f"the coordinator grew by more than {asked.tasks_mib} MiB")
-            # Half of the cores are theirs; look-ahead, and what it takes to be known, are on top.
-            report.must(meanwhile <= 400, f"{meanwhile} tasks of the first owner ended beside 100 of the second")
+            # Half of the cores are theirs. Who comes last waits for hours.
+            report.must(max(*during, beside_s) < 4 * alone_s + 2.0, "the second owner waited for the first")
             start_s = time.monotonic()
             job.cancel()
             job.wait(WAIT_S)

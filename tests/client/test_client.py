@@ -290,6 +290,7 @@ def test_cancelled_dependency_cancels_the_dependant(client: herder.Client, coord
     late = client.submit(square, first)
     first.cancel()
     early = client.submit(square, first)
+    coordinator.until(lambda: bool(coordinator.said(m.CancelTasks)))  # or it might begin before it is cancelled
     coordinator.release()
     with pytest.raises(CancelledError):
         early.result(10)
