@@ -49,12 +49,17 @@ def job_row(info: JobInfo) -> tuple[str, ...]:
         info.job,
         info.name,
         info.owner,
-        f"{info.state}, paused" if info.paused else info.state,
+        state_of(info),
         str(info.tasks),
         str(info.counts.get(TaskState.ENDED, 0)),
         str(failed_count(info)),
         format_duration(info.age_s),
     )
+
+
+def state_of(info: JobInfo) -> str:
+    """Its state; and that it is paused, while that holds something back."""
+    return f"{info.state}, paused" if info.paused and info.state in {"open", "running"} else info.state
 
 
 def failed_count(info: JobInfo) -> int:
@@ -86,7 +91,7 @@ def job(what: str, show_all: bool, explain: bool, profile: str | None, as_json: 
         ("name", info.name),
         ("owner", info.owner),
         ("workload", info.workload),
-        ("state", f"{info.state}, paused" if info.paused else info.state),
+        ("state", state_of(info)),
         ("priority", str(info.priority)),
         ("age", format_duration(info.age_s)),
         ("tasks", counted(info.counts)),

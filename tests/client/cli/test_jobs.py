@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner
 
-from herder.cli.jobs import failed_count, interesting, job_row, parse_job_or_task, progress_text
+from herder.cli.jobs import failed_count, interesting, job_row, parse_job_or_task, progress_text, state_of
 from herder.cli.main import cli
 from herder.cli.nodes import node_row, remarks, running_on
 from herder_shared.ids import JobId, NodeName
@@ -87,3 +88,10 @@ def test_what_else_is_to_be_said_of_a_node() -> None:
         "is kept for a task of job job1, which would wait for ever otherwise",
         "runs job2.7, which may have cost another node",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"), [("running", "running, paused"), ("open", "open, paused"), ("done", "done")]
+)
+def test_a_pause_is_shown_while_it_holds_something_back(state: str, shown: str) -> None:
+    assert state_of(msgspec.structs.replace(JOB, state=state, paused=True)) == shown
