@@ -188,6 +188,7 @@ class Connection(Conversation):
             batch.first = track.submitted_count
             track.submitted_count += len(batch.items)
             track.unresolved_count += len(batch.items)
+            track.has_ended += bytes(len(batch.items))
             self._unacked_bytes += batch.size_bytes
             admit(batch.first)
             self._intake.append(batch)

@@ -252,7 +252,7 @@ class Conversation:
         if not self._first_link.done():
             self._first_link.set_result(None)
         for track in self._tracks.values():
-            if track.is_observer or self._outbox.is_opened(track.job):
+            if track.is_observer or track.is_settled or self._outbox.is_opened(track.job):
                 link.send(Attach(track.job, track.ackable))
         self._flush()
         for question in self._questions.again():
@@ -342,8 +342,7 @@ class Conversation:
         if track is None:
             return
         with self._lock:
-            if not track.is_observer:
-                track.unresolved_count += len(message.indices)
+            track.resolve(message.indices, ended=False)
         track.sink.reset(message.indices)
 
     def _fetched(self, track: Track, cursor: int, end: TaskEnd, content: bytes | None) -> None:
@@ -363,8 +362,7 @@ class Conversation:
                 for cursor, end in ends:
                     if end.index in track.claims:
                         track.held[end.index] = cursor
-            if not track.is_observer:
-                track.unresolved_count = max(0, track.unresolved_count - len(ends))
+            track.resolve((end.index for _, end in ends), ended=True)
             if not track.unresolved_count:
                 self._changed.notify_all()
         self._retire_if_done()
@@ -410,7 +408,7 @@ class Conversation:
         first = min([message.first, *(batch.first for batch in dropped)])
         with self._changed:
             track.error = error
-            track.unresolved_count = max(0, track.unresolved_count - (track.submitted_count - first))
+            track.resolve(range(first, track.submitted_count), ended=True)
             track.closed_count = track.submitted_count
             self._changed.notify_all()
         self._acknowledged(dropped)
@@ -452,6 +450,7 @@ class Conversation:
                 track.acked = ackable
                 self._link.send(AckEvents(track.job, ackable))
             if track.is_over:
+                track.is_settled = True
                 with self._lock:
                     del self._tracks[track.job]
                 # All of it has ended, so it was accepted: the acknowledgements went down with an older connection.
@@ -469,6 +468,8 @@ class Conversation:
         with self._lock:
             self._tracks[track.job] = track
         track.held[_FOLLOWED] = track.cursor
+        if track.is_settled:  # nothing was asked about it on this link
+            self._say(Attach(track.job, track.ackable))
 
     def _follow_no_more(self, track: Track) -> None:
         track.held.pop(_FOLLOWED, None)

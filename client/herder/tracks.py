@@ -93,8 +93,8 @@ class Shared:
 class Track:
     """One job as the connection follows it.
 
-    Counts that both user threads and the connection's thread change (`submitted_count`, `unresolved_count`, `claims`)
-    are changed under the connection's lock only; all else belongs to the connection's thread.
+    What both user threads and the connection's thread change (`submitted_count`, `unresolved_count`, `has_ended`,
+    `claims`) is changed under the connection's lock only; all else belongs to the connection's thread.
     """
 
     __slots__ = (
@@ -104,9 +104,11 @@ class Track:
         "closed_count",
         "cursor",
         "error",
+        "has_ended",
         "held",
         "is_detached",
         "is_observer",
+        "is_settled",
         "job",
         "refused_from",
         "sink",
@@ -122,8 +124,13 @@ class Track:
         #: Follows a job that this connection did not submit: nobody waits for its end when the client is shut down.
         self.is_observer = spec is None
         self.is_detached = spec is not None and spec.detached
+        #: Everything about it was once said and acknowledged: the coordinator knows it, if anybody asks for more.
+        self.is_settled = False
         self.submitted_count = 0
         self.unresolved_count = 0
+        #: By index, of those that this connection submitted. That a task is run again may be heard twice, or not before
+        #: it has ended again.
+        self.has_ended = bytearray()
         self.closed_count: int | None = None
         #: Set when the coordinator takes no more tasks of this job.
         self.error: HerderError | None = None
@@ -148,6 +155,16 @@ class Track:
         return (
             self.closed_count is not None and not self.unresolved_count and not self.held and self.acked == self.cursor
         )
+
+    def resolve(self, indices: Iterable[int], *, ended: bool) -> None:
+        """These tasks have ended, or are run again; which of them are news is found out here."""
+        if self.is_observer:
+            return
+        has_ended = self.has_ended
+        for index in indices:
+            if has_ended[index] != ended:
+                has_ended[index] = ended
+                self.unresolved_count += -1 if ended else 1
 
     def claim(self, index: int) -> None:
         """An unacknowledged submission depends on this task."""

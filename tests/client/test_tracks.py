@@ -67,3 +67,14 @@ def test_who_asks_for_a_job_again_and_again_leaves_nothing_behind() -> None:
         another.let_go()
         assert not another.is_wanted
     assert len(Shared(sink, Record("python"))) == 2
+
+
+def test_what_is_run_again_is_waited_for_once_however_often_it_is_heard() -> None:
+    track = Track(SPEC.job, Record("python"), SPEC)
+    track.unresolved_count = 2
+    track.has_ended += bytes(2)
+    counts = []
+    for indices, ended in (([0, 1], True), ([1], False), ([1], False), ([1], True), ([1], True)):
+        track.resolve(indices, ended=ended)
+        counts.append(track.unresolved_count)
+    assert counts == [0, 1, 1, 0, 0]

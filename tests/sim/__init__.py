@@ -15,7 +15,8 @@ left out                TLS, HTTP, metrics; the wait between two dials (`network
 Which faults a history has, and how often, is drawn from its seed (`run.Faults`): messages are lost with their
 connection, late, doubled, overtaken by those of a newer connection; hosts are cut off one way or both; every program is
 killed or stopped; syncs are slow, fail, find no room, or are torn by a crash; blobs are lost; tasks raise, die, hang,
-grow, overrun, wait; there are graphs, arrays, cancellations, drains, revoked agents, and clients that leave, die, or
-find detached jobs again. What must hold of every history is in `history`; the bugs that were planted to see that it
-would be found, in `planted`.
+grow, overrun, wait, run until they are cancelled; there are graphs, arrays, cancellations, drains, revoked agents, jobs
+that are paused, changed, or run again, and clients that leave, die, or find detached jobs again. Some histories have a
+theme (`run.THEMES`, decision 29): much of what it takes to show one kind of bug, and little else. What must hold of
+every history is in `history`; the bugs that were planted to see that it would be found, in `planted`.
 """

@@ -4,23 +4,29 @@ cancels, leaves, dies and attaches again."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import concurrent.futures
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from herder.connection import Connection, Endpoint
 from herder.outbox import Batch
 from herder.payload import PickledFunction
+from herder.questions import Question
 from herder.tracks import Track
 from herder_shared.errors import HerderError
 from herder_shared.ids import BlobId, Incarnation, JobId, NodeName, WorkloadKey, blob_id
 from herder_shared.wire.messages import (
+    Answer,
     CancelOk,
+    ChangeJob,
     Function,
     JobSpec,
     Message,
     Payload,
+    RetryFailed,
     SubmitOk,
     TaskEnd,
     TaskItem,
@@ -93,6 +99,12 @@ class Job:
     is_closed: bool = False
     ends: dict[int, TaskEnd] = field(default_factory=dict)
     is_lost: bool = False
+    #: How many ends it was told, and how many tasks the coordinator said that it runs again.
+    told: int = 0
+    again: int = 0
+    #: What it has asked for and was not answered yet, and what it asks next.
+    is_asking: bool = False
+    wishes: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def id(self) -> JobId:
@@ -100,7 +112,8 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return self.is_lost or (not self.pieces and self.is_closed and len(self.ends) == len(self.plan.items))
+        is_told = len(self.ends) == len(self.plan.items) and self.told >= len(self.plan.items) + self.again
+        return self.is_lost or (not self.pieces and self.is_closed and not self.is_asking and is_told)
 
     # What the connection calls.
 
@@ -113,9 +126,13 @@ class Job:
         for end in ends:
             self.client.history.see(self.client.name, (self.id, end.index), end)
             self.ends[end.index] = end
+            self.told += 1
 
     def reset(self, indices: Sequence[int]) -> None:
-        raise Violation(f"{self.id}: {indices} are run again, and nobody asked for it")
+        if not self.plan.retries:
+            raise Violation(f"{self.id}: {indices} are run again, and nobody asked for it")
+        for index in indices:
+            self.ends.pop(index, None)
 
     def lost(self, first: int, error: HerderError | None) -> None:
         if error is not None and not self.client.may_lose(self, error):
@@ -211,6 +228,7 @@ class Client:
             pieces.append(most if self.world.chance(0.3) else random.randint(1, most))
             count -= pieces[-1]
         plan = self.history.plans[job] = Plan(spec)
+        plan.change = (False, options.priority)
         plan.is_endless = faults.endless > 0 and not spec.detached and self.world.chance(faults.endless)
         own = Job(self, plan, pieces, random.choice(FUNCTIONS))
         self.jobs.append(own)
@@ -219,6 +237,8 @@ class Client:
         mine = Job(self, job.plan, [], job.function, is_closed=True)
         mine.track = self.connection.observe_job(job.id, mine)
         self.jobs.append(mine)
+        if mine.plan.is_changed:
+            self._change(mine, paused=False)
 
     def may_lose(self, job: Job, error: HerderError) -> bool:
         """Whether it is no wonder that the cluster knows nothing of this job (any more)."""
@@ -339,6 +359,83 @@ class Client:
             indices = tuple(sorted(some))
         job.plan.cancels = True
         self.connection.cancel(job.id, indices, running=self.world.chance(0.6))
+
+    def change_something(self) -> None:
+        """Pause a job for a while, or give it another priority."""
+        random = self.world.random
+        job = random.choice(self.jobs)
+        if self._may_ask(job) and job.plan.opened:
+            if self.world.chance(0.5):
+                self._change(job, priority=random.choice([-1, 0, 1, 5]))
+            else:
+                self._change(job, paused=True)
+                self.world.after(random.random() * 5, self._change, job, False)
+
+    def retry_something(self) -> None:
+        """Have what failed of a job run again."""
+        job = self.world.random.choice(self.jobs)
+        if self._may_ask(job) and job.plan.upto:
+            self._wish(job, partial(self._retry, job))
+
+    def _may_ask(self, job: Job) -> bool:
+        return not (self.is_dead or self.is_leaving or job.is_lost or job.track is None or job.track.is_observer)
+
+    def _change(self, job: Job, paused: bool | None = None, priority: int | None = None) -> None:
+        if not self.is_dead and not self.is_leaving:
+            job.plan.is_changed = True
+            self._wish(job, partial(self._ask_change, job, paused, priority))
+
+    def _ask_change(self, job: Job, paused: bool | None, priority: int | None) -> None:
+        plan = job.plan
+        before = plan.change
+        after = (before[0] if paused is None else paused, before[1] if priority is None else priority)
+        plan.change, plan.is_changing = after, True
+
+        def answered(answer: Answer) -> None:
+            plan.is_changing = False
+            if answer.error not in {"", "JobNotFound"}:
+                raise Violation(f"{job.id} cannot be changed: {answer.error}: {answer.message}")
+            if answer.error:
+                plan.is_changing = True  # it is over
+
+        self._ask(job, lambda number: ChangeJob(number, job.id, paused, priority), answered)
+
+    def _retry(self, job: Job) -> None:
+        assert job.track is not None
+        job.plan.retries += 1
+        self.connection._later(partial(self.connection._follow, job.track))
+
+        def answered(answer: Answer) -> None:
+            assert job.track is not None
+            if answer.error not in {"", "JobNotFound"} and not job.plan.cancels and not job.plan.is_abandoned:
+                raise Violation(f"{job.id} cannot be run again: {answer.error}: {answer.message}")
+            job.again += answer.count or 0
+            job.plan.again += answer.count or 0
+            self.connection._later(partial(self.connection._follow_no_more, job.track))
+
+        self._ask(job, lambda number: RetryFailed(number, job.id), answered)
+
+    def _wish(self, job: Job, wish: Callable[[], None]) -> None:
+        """One thing at a time is asked of a job, as by a user who waits for each answer."""
+        job.wishes.append(wish)
+        self._ask_next(job)
+
+    def _ask_next(self, job: Job) -> None:
+        if job.wishes and not job.is_asking and not self.is_dead:
+            job.is_asking = True
+            job.wishes.pop(0)()
+
+    def _ask(self, job: Job, question: Question, answered: Callable[[Answer], None]) -> None:
+        future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+
+        def done(_future: object) -> None:
+            job.is_asking = False
+            if future.exception() is None:
+                answered(future.result())
+                self._ask_next(job)
+
+        future.add_done_callback(done)
+        self.connection._later(partial(self.connection._ask, question, future))
 
     # --- what goes wrong ---------------------------------------------------------------------------------------------
 

@@ -237,7 +237,7 @@ class Coordinator:
             return
         core: Any = self.life._core
         records = self.storage.records()
-        self.history.check_records(records)
+        self.history.check_records(records, core.state.epoch)
         if not core._lazy:
             self._compare(core.state, self.program.time(), "the journal")
             self._compare(core.state, self.program.time(), "a compacted journal", self._compacted(core.state.epoch))

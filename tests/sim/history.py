@@ -11,9 +11,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from herder_coordinator.core.records import Record, TasksEnded, TasksSubmitted
+from herder_coordinator.core.records import (
+    AttemptsAssigned,
+    DrainSet,
+    JobChanged,
+    Record,
+    TasksEnded,
+    TasksReset,
+    TasksSubmitted,
+)
 from herder_coordinator.core.state import State
-from herder_shared.ids import AttemptId, JobId
+from herder_shared.ids import AttemptId, JobId, NodeName
 from herder_shared.states import Cause, Outcome
 from herder_shared.wire.messages import AttemptStart, Failure, JobSpec, Payload, TaskEnd, TaskItem
 
@@ -41,6 +49,13 @@ class Plan:
     cancels: bool = False
     #: Its tasks run until they are cancelled, and its client cancels each of them.
     is_endless: bool = False
+    #: How often its client has asked for what failed to be run again, and how many tasks it was told are.
+    retries: int = 0
+    again: int = 0
+    #: Somebody has changed it, and to what: paused, priority. While the answer is out, it may be so or not.
+    is_changed: bool = False
+    change: tuple[bool, int] = (False, 0)
+    is_changing: bool = False
     #: Its client died, or left it behind.
     is_abandoned: bool = False
 
@@ -77,7 +92,8 @@ class History:
             raise Violation(f"attempt {order.attempt} of {key} was started twice: {self.starts[key]}")
         self.starts[key].append((order.attempt, agent))
         options = plan.spec.options
-        if attempts and not options.idempotent and not (options.retries and self.ended.issuperset(attempts)):
+        may_again = (options.retries or plan.retries) and self.ended.issuperset(attempts)
+        if attempts and not options.idempotent and not may_again:
             raise Violation(f"{key} may run once, and ran as {self.starts[key]}")
         item = plan.items[order.index]
         if order.args != item.args:
@@ -102,13 +118,17 @@ class History:
 
     def see(self, client: str, key: TaskKey, end: TaskEnd) -> None:
         """A client was told how a task ended."""
-        if (client, key) in self.seen:
+        plan = self.plans[key[0]]
+        before = self.seen.get((client, key))
+        if before is not None and not (plan.retries and may_be_again(before)):
             raise Violation(f"client {client} was told twice how {key} ended")
         self.seen[client, key] = end
         first = self.told.setdefault(key, end)
         if first.outcome is not end.outcome and not self.lost_blobs:  # a client whose result is lost is told so
-            raise Violation(f"{key} has two terminal records: {first} and {end}")
-        plan = self.plans[key[0]]
+            if not plan.retries:
+                raise Violation(f"{key} has two terminal records: {first} and {end}")
+            if may_be_again(first):
+                self.told[key] = end
         if key[1] >= len(plan.items):
             raise Violation(f"{key} ended, and was never submitted")
         match end.outcome:
@@ -123,7 +143,8 @@ class History:
                 pass
         if end.failure is not None and end.failure.cause is Cause.UNSCHEDULABLE and not self.disturbed:
             raise Violation(f"{key}: {end.failure.message}")
-        is_excused = self.lost_blobs or plan.is_abandoned
+        # What is run again finds the values that it needs only as long as they happen to be kept.
+        is_excused = self.lost_blobs or plan.is_abandoned or plan.retries
         if end.failure is not None and _root(end.failure).cause is Cause.DATA_LOST and not is_excused:
             raise Violation(f"{key}: {end.failure.message}")
 
@@ -153,22 +174,31 @@ class History:
                 continue
             if job.count < plan.upto:
                 raise Violation(f"{plan.upto} tasks of {job_id} were acknowledged; {job.count} are there")
+            if job.resets < plan.again:
+                raise Violation(f"{plan.again} tasks of {job_id} were to be run again; {job.resets} are")
+            if plan.is_changed and not plan.is_changing and (job.paused, job.priority) != plan.change:
+                raise Violation(f"{job_id} was changed to {plan.change}, and is {(job.paused, job.priority)}")
             if plan.cancelled and not job.cancelled:
                 raise Violation(f"the cancellation of {job_id} was acknowledged, and is not there")
             for index in plan.cancelled_indices:
                 task = job.tasks.get(index)
-                if not job.outcomes[index] and not (task is not None and (task.cancel or task.cancel_pending)):
+                is_again = plan.retries > 0  # it had ended, and there was nothing to be cancelled
+                if not job.outcomes[index] and not is_again and not (task and (task.cancel or task.cancel_pending)):
                     raise Violation(f"the cancellation of {job_id}.{index} was acknowledged, and is not there")
         for (job_id, index), end in self.told.items():
             job = state.jobs.get(job_id)
-            if job is not None and not job.outcomes[index]:
+            is_again = self.plans[job_id].retries > 0 and may_be_again(end)
+            if job is not None and not job.outcomes[index] and not is_again:
                 raise Violation(
                     f"a client was told that {job_id}.{index} {end.outcome}; the journal knows nothing of it"
                 )
 
-    def check_records(self, records: Sequence[Record]) -> None:
-        """The journal says each thing once."""
+    def check_records(self, records: Sequence[Record], epoch: int) -> None:
+        """The journal says each thing once, and what it says is kept to."""
         ended: set[TaskKey] = set()
+        paused: set[JobId] = set()
+        drained: set[NodeName] = set()
+        assigned: set[AttemptId] = set()
         submitted: dict[JobId, int] = {}
         for record in records:
             match record:
@@ -178,12 +208,33 @@ class History:
                         if key in ended:
                             raise Violation(f"the journal has two terminal records of {key}")
                         ended.add(key)
+                case TasksReset():
+                    ended.difference_update((record.job, index) for index in record.indices)
+                case JobChanged():
+                    (paused.add if record.paused else paused.discard)(record.job)
+                case DrainSet():
+                    (drained.add if record.on else drained.discard)(record.node)
+                case AttemptsAssigned():
+                    for one in record.attempts:
+                        # An older life's, or one that was given up: it was not given out now, but came back.
+                        if one.attempt.epoch != epoch or one.attempt in assigned:
+                            continue
+                        assigned.add(one.attempt)
+                        if one.job in paused:
+                            raise Violation(f"{one.job} is paused, and {one} was given to {record.node}")
+                        if record.node in drained:
+                            raise Violation(f"{record.node} is drained, and was given {one}")
                 case TasksSubmitted():
                     if record.first < submitted.get(record.job, 0):
                         raise Violation(f"the journal has tasks from {record.first} on of {record.job} twice")
                     submitted[record.job] = record.first + len(record.tasks)
                 case _:
                     pass
+
+
+def may_be_again(end: TaskEnd) -> bool:
+    """Who asks for what failed to be run again may be told of another end after this one."""
+    return end.outcome not in {Outcome.SUCCEEDED, Outcome.CANCELLED}
 
 
 def _root(failure: Failure) -> Failure:

@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import Any, cast
 
 from herder import connection as client
-from herder import outbox, tracks
+from herder import conversation, outbox, tracks
 from herder_agent.core import attempts as agent_attempts
 from herder_agent.core import step as agent_step
 from herder_coordinator.core import agents, apply, clients, ends, lease, ready, turn
@@ -222,6 +222,64 @@ BUGS: tuple[Bug, ...] = (
         (Change(clients_shell.Clients.opened, "if older is not None:", "if False:"),),
         seed=28,
         theme="late-words",
+    ),
+    Bug(
+        "reset-not-recorded",
+        "what failed is run again, and the journal does not say so",
+        (Change(clients.retry_requested, "turn.record(records.TasksReset(job.id, indices))", "pass"),),
+        seed=16,
+        theme="again",
+    ),
+    Bug(
+        "reset-told-once",
+        "a client that was away does not hear that tasks of it are run again",
+        (
+            Change(clients.retry_requested, "_tell_reset(turn, job, incarnation, indices)", "pass"),
+            Change(clients.attached, "_tell_reset(turn, job, event.client, tuple(sorted(job.tasks)))", "pass"),
+        ),
+        seed=14,
+        theme="again",
+    ),
+    Bug(
+        "reset-counted-twice",
+        "a client that hears twice that a task is run again waits for two ends",
+        (Change(tracks.Track.resolve, "if has_ended[index] != ended:", "if True:"),),
+        seed=16,
+        theme="again",
+    ),
+    Bug(
+        "settled-not-attached",
+        "a client whose job had been settled does not ask for it after a reconnection, though some of it is run again",
+        (Change(conversation.Conversation.opened, "track.is_settled or ", ""),),
+        seed=30,
+        theme="again",
+    ),
+    Bug(
+        "pause-not-recorded",
+        "a job that was paused goes on after a restart",
+        (Change(clients.job_change_requested, "turn.record(records.JobChanged(job.id, paused, priority))", "pass"),),
+        seed=27,
+        theme="changes",
+    ),
+    Bug(
+        "drained-is-used",
+        "a drained node that connects again is given tasks",
+        (
+            Change(
+                agents.connected,
+                "node.draining = name in state.drained or node.is_ending",
+                "node.draining = node.is_ending",
+            ),
+        ),
+        seed=38,
+        theme="changes",
+    ),
+    Bug(
+        "settled-not-followed",
+        "a client that has what of its job failed run again does not ask for the job on a newer connection",
+        (Change(conversation.Conversation._follow, "if track.is_settled:", "if False:"),),
+        seed=10,
+        theme="again",
     ),
 )
 

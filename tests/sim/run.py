@@ -30,6 +30,8 @@ SETTLE_S = 120.0
 #: Faults that end when peace comes.
 _ENDS = (
     "cancels",
+    "changes",
+    "retries",
     "links",
     "client_links",
     "silent_share",
@@ -104,6 +106,28 @@ THEMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "task_s": (0.5, 3.0),
         "tasks": (6, 15),
         "pause_s": (1.0, 5.0),
+    },
+    "again": {  # what failed is run again
+        "retries": (0.3, 1.0),
+        "exceptions": (0.3, 0.6),
+        "signals": (0.0, 0.3),
+        "tasks": (6, 15),
+        "task_s": (0.01, 0.5),
+        "pause_s": (1.0,),
+        "delay_s": (0.01, 0.3),
+        "dependencies": (0.0, 0.4),
+        "client_links": (0.0, 0.3, 0.6),
+        "coordinator_crashes": (0.0, 0.1, 0.3),
+    },
+    "changes": {  # jobs are paused, and go on
+        "changes": (0.3, 1.0),
+        "drains": (0.0, 0.1),
+        "tasks": (6, 15),
+        "task_s": (0.5, 3.0),
+        "client_links": (0.0, 0.3),
+        "links": (0.0, 0.3),
+        "detached": (0.0, 0.5),
+        "coordinator_crashes": (0.0, 0.1, 0.3),
     },
     "lapses": {  # an agent was given up, and comes back with what it runs
         "partitions": (0.1, 0.2),
@@ -180,6 +204,9 @@ class Faults:
     #: How many inventories of agents are overtaken by a newer connection.
     ambushes: float = field(default=0.0, kw_only=True)
     endless: float = field(default=0.0, kw_only=True)
+    #: Jobs are paused for a while, or get another priority; what failed is run again.
+    changes: float = field(default=0.0, kw_only=True)
+    retries: float = field(default=0.0, kw_only=True)
     #: Tasks are submitted in small pieces, and depend on what was submitted last, which still runs.
     near: bool = field(default=False, kw_only=True)
     #: Invariants and the journal are looked at throughout, which is dear.
@@ -259,6 +286,13 @@ class Faults:
             setattr(self, name, swarm.choice(values))
         self.heartbeat_s = self.lease_s / 4
 
+    def widen(self, seed: int) -> None:
+        """What came later than the rest, each from a stream of its own: histories without it stay what they were."""
+        for name, most in (("changes", 0.3), ("retries", 0.3)):
+            own = Random(f"{seed} {name}")
+            if own.random() < 0.15:
+                setattr(self, name, most * own.random())
+
     def end(self) -> None:
         """Peace."""
         for name in _ENDS:
@@ -271,6 +305,7 @@ class Simulation:
         self.world = world = World(seed)
         self.history = History()
         self.faults = faults = Faults.draw(world)
+        faults.widen(seed)
         faults.concentrate(seed, theme)
         random = world.random
         self.network = Network(
@@ -320,6 +355,8 @@ class Simulation:
             at_times(faults.client_partitions, client.cut_off, 2 * faults.lease_s)
             at_times(faults.client_stops, client.stop, faults.disconnect_grace_s)
             at_times(faults.cancels, client.cancel_something)
+            at_times(faults.changes, client.change_something)
+            at_times(faults.retries, client.retry_something)
         at_times(faults.coordinator_crashes, self.coordinator.crash, random.choice([1, 1, 10]))
         at_times(faults.coordinator_stalls, self.coordinator.stall, 3 * faults.lease_s)
         at_times(faults.takeovers, self._take_over, 2 * faults.lease_s)

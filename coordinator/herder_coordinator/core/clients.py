@@ -428,8 +428,8 @@ def attached(turn: Turn, event: events.Attached) -> None:
         _acked(turn, job, cursor)
     turn.pump(job, event.client, feed)
     if job.resets:
-        anew = {end.index for end in job.ends if not job.outcomes[end.index]}
-        _tell_reset(turn, job, event.client, tuple(sorted(anew)))
+        # Those that have ended before and run again are among these. It may have missed that, or been told it already.
+        _tell_reset(turn, job, event.client, tuple(sorted(job.tasks)))
 
 
 def _past(state: State, job: Job) -> tuple[TaskEnd, ...]:

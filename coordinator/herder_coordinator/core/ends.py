@@ -74,6 +74,10 @@ def attempt_ended(turn: Turn, node: Node, end: AttemptEnd) -> None:
         apply.unplace(state, task)
         task.attempt = end.attempt
         task.ordinal = max(task.ordinal + 1, end.usage.attempt)
+        if end.outcome is not Outcome.SUCCEEDED:
+            # If it is to be run again, the next life must not take this end for the new one.
+            one = records.Assignment(job.id, task.index, task.attempt, task.ordinal, task.fresh)
+            turn.record(records.AttemptsAssigned(node.name, node.incarnation, (one,)))
         _decide(turn, task, node, end)
     elif end.outcome is Outcome.SUCCEEDED and job.spec.options.idempotent:
         # It was given up as lost, and here it is after all. The first terminal record wins.

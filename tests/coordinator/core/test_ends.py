@@ -300,6 +300,22 @@ def test_a_higher_attempt_that_an_earlier_life_forgot_is_as_good_as_any(lab: Lab
     assert lab.outcomes() == {1: Outcome.SUCCEEDED}
 
 
+def test_a_failure_that_an_earlier_life_forgot_is_not_taken_for_that_of_a_task_run_again(lab: Lab) -> None:
+    lab.open()
+    lab.submit(2)
+    lab.restart()
+    lab.client(session=2)
+    lab.node(session=2, cores=1)
+    unknown = failed(AttemptId(1, 99), *BOOM, index=1)
+    lab.ended(unknown, session=2)
+    assert lab.outcomes() == {1: Outcome.FAILED}
+    lab.do(events.RetryRequested(CLIENT, 7, JOB))
+    lab.restart()
+    lab.node(session=3, cores=1)
+    lab.ended(unknown, session=3)
+    assert not lab.state.jobs[JOB].outcomes[1]
+
+
 def test_a_failed_setup_is_tried_on_a_second_node_and_on_no_third(lab: Lab) -> None:
     for name in ("n2", "n3"):
         lab.node(name, cores=1)

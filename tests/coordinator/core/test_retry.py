@@ -156,3 +156,10 @@ def test_who_attaches_later_hears_the_old_ends_and_that_they_do_not_count() -> N
     lab.client(OTHER, session=2)
     some = to_client(lab.do(events.Attached(OTHER, JOB, 0)), OTHER)
     assert [type(message) for message in some] == [TasksEnded, TasksReset]
+
+
+def test_a_client_that_was_away_hears_what_runs_again_though_it_has_the_old_ends(lab: Lab) -> None:
+    retry(lab)
+    lab.client(session=2)
+    some = to_client(lab.do(events.Attached(CLIENT, JOB, 3)))
+    assert some == [TasksReset(JOB, (0, 1))]
