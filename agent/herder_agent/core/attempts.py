@@ -84,6 +84,12 @@ def stop(  # noqa: PLR0917
         add_deadline(state, now_s + grace_s, "kill", attempt.id)
 
 
+def kill(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
+    """SIGKILL to all of it; and a look later at whether it died."""
+    effects.append(SignalChild(attempt.child, signal.SIGKILL))
+    add_deadline(state, now_s + DEATH_LIMIT_S, "death", attempt.id)
+
+
 def drop(state: State, attempt: Attempt, now_s: float, effects: list[Effect]) -> None:
     """Stop an attempt whose end nobody wants to hear of."""
     attempt.dropped = True

@@ -6,13 +6,11 @@ slots in their order and touched pools are settled, until nothing changes any mo
 
 from __future__ import annotations
 
-import signal
 from heapq import heappop
 from typing import assert_never
 
 from herder_agent.core import branches, launchers, lending, values, watch
 from herder_agent.core.attempts import (
-    DEATH_LIMIT_S,
     EXIT_GRACE_S,
     accept,
     add_deadline,
@@ -22,6 +20,7 @@ from herder_agent.core.attempts import (
     give_back,
     keep_stuck,
     keep_unkillable,
+    kill,
     move,
     note_memory,
     pids_limit,
@@ -36,7 +35,6 @@ from herder_agent.core.effects import (
     ReportStarted,
     ReportWorkload,
     SendSync,
-    SignalChild,
     StopTemplate,
     SweepLeftovers,
     UploadBlob,
@@ -156,7 +154,7 @@ def _take(state: State, event: Event, now_s: float, effects: list[Effect]) -> No
             if (waiting := state.attempts.get(event.attempt)) is not None:
                 lending.wait_ended(state, waiting, event.n, effects)
         case MemorySeen():
-            _memory_seen(state, event, effects)
+            _memory_seen(state, event, now_s, effects)
         case ChildHung():
             watch.child_hung(state, event, now_s, effects)
         case TemplateSeen():
@@ -465,7 +463,7 @@ def _child_setup_failed(state: State, event: ChildSetupFailed, now_s: float, eff
     launchers.touch(state, child.pool)
 
 
-def _memory_seen(state: State, event: MemorySeen, effects: list[Effect]) -> None:
+def _memory_seen(state: State, event: MemorySeen, now_s: float, effects: list[Effect]) -> None:
     child = state.children.get(event.child)
     if child is None or child.attempt is None:
         return
@@ -482,7 +480,7 @@ def _memory_seen(state: State, event: MemorySeen, effects: list[Effect]) -> None
         attempt.tasks_max = pids_limit(state, attempt)
     else:
         return
-    effects.append(SignalChild(child.id, signal.SIGKILL))
+    kill(state, attempt, now_s, effects)
 
 
 # --- templates -------------------------------------------------------------------------------------------------------
@@ -593,8 +591,7 @@ def _deadline_came(state: State, deadline: Deadline, now_s: float, effects: list
         case "kill", AttemptId() as attempt_id:
             attempt = state.attempts.get(attempt_id)
             if attempt is not None and attempt.child in state.children and attempt.phase is not Phase.LEAVING:
-                effects.append(SignalChild(attempt.child, signal.SIGKILL))
-                add_deadline(state, now_s + DEATH_LIMIT_S, "death", attempt_id)
+                kill(state, attempt, now_s, effects)
         case "death", AttemptId() as attempt_id:
             attempt = state.attempts.get(attempt_id)
             if attempt is not None and attempt.child in state.children and attempt.phase is not Phase.LEAVING:

@@ -18,11 +18,11 @@ be on another node. Here it is carried out: no more forks of this workload for t
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass, field
 
 from herder_agent.core import branches, launchers
-from herder_agent.core.effects import Effect, Observe, ReportWorkload, SignalChild, StopTemplate
+from herder_agent.core.attempts import kill
+from herder_agent.core.effects import Effect, Observe, ReportWorkload, StopTemplate
 from herder_agent.core.events import ChildHung, OracleDenied, TemplateSeen
 from herder_agent.core.state import Phase, State, Template, TemplateState, Workload
 from herder_shared.limits import MIB
@@ -125,7 +125,7 @@ def child_hung(state: State, event: ChildHung, now_s: float, effects: list[Effec
         return
     attempt.hung = event.how
     effects.append(Observe("hung", attempt.method, text=f"child {child.pid} of {attempt.workload.spec.name!r}"))
-    effects.append(SignalChild(child.id, signal.SIGKILL))
+    kill(state, attempt, now_s, effects)
     template = state.templates.get(child.template)
     if template is None or template.workload is None or child.pool.method != "fork":
         return

@@ -763,6 +763,23 @@ def test_a_child_that_does_not_die_is_reported_once_and_keeps_its_slot_until_it_
     assert not machine.state.queue
 
 
+@pytest.mark.parametrize(
+    ("news", "outcome"),
+    [(ev.MemorySeen(1, 2 << 30), Outcome.OUT_OF_MEMORY), (ev.ChildHung(1, "deadlock"), Outcome.CRASHED)],
+    ids=["memory", "deadlock"],
+)
+def test_one_that_was_killed_for_another_reason_and_does_not_die_is_reported_too(
+    news: ev.Event, outcome: Outcome
+) -> None:
+    machine = Machine(cores=1, memory_bytes=1 << 30).serving()
+    machine.take(ev.ChildStarted(1))
+    assert fx.SignalChild(1, signal.SIGKILL) in machine.take(news)
+    (end,) = ended(machine.tick(10.0))
+    assert end.outcome is outcome
+    machine.take(ev.ChildExited(1, ev.Exit(9)))
+    assert ended(machine.take(ev.LeftoversGone())) == []
+
+
 def test_an_agent_that_is_told_to_end_gives_back_what_it_has() -> None:
     machine = Machine(cores=1, spec=COMMANDS)
     machine.order(1)

@@ -85,7 +85,7 @@ def test_what_cannot_be_killed_keeps_its_slot_and_is_said_until_it_is_gone(tmp_p
 
 #: An agent as it is shipped, but less patient with what does not die.
 IMPATIENT = (
-    "import sys; from herder_agent.core import step; step.DEATH_LIMIT_S = 0.3\n"
+    "import sys; from herder_agent.core import attempts; attempts.DEATH_LIMIT_S = 0.3\n"
     "from herder_agent.main import command; command(sys.argv[4:])"
 )
 
