@@ -58,7 +58,8 @@ _ENDS = (
 )
 
 
-#: How many histories have one of these themes, and what of the mix it sets, to one of which values each.
+#: How many histories have one of these themes, and what of the mix it sets, to one of which values each. All tasks of a
+#: history must fit into its peace: nine jobs on one node that has two cores.
 THEMED = 0.3
 THEMES: dict[str, dict[str, tuple[Any, ...]]] = {
     "late-words": {  # an agent's older connection speaks when the newer one has begun to
@@ -78,15 +79,15 @@ THEMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "delay_s": (0.01, 0.05),
         "sync_s": (0.001, 0.02),
         "near": (True,),
-        "task_s": (1.0, 3.0),
+        "task_s": (1.0, 2.0),
         "pause_s": (1.0, 2.0),
-        "tasks": (15, 30),
+        "tasks": (15,),
     },
     "early-acks": {  # ends are acknowledged while what depends on them is on its way
         "dependencies": (0.4, 0.7),
         "blobs": (0.1, 0.5),
         "near": (True,),
-        "tasks": (20, 40),
+        "tasks": (20, 30),
         "task_s": (0.5, 1.5),
         "pause_s": (2.0,),
         "delay_s": (0.3, 1.0),
@@ -130,11 +131,11 @@ THEMES: dict[str, dict[str, tuple[Any, ...]]] = {
         "coordinator_crashes": (0.0, 0.1, 0.3),
     },
     "lapses": {  # an agent was given up, and comes back with what it runs
-        "partitions": (0.1, 0.2),
+        "partitions": (0.1, 0.3),
         "agent_stops": (0.0, 0.2),
         "lease_s": (4.0,),
-        "task_s": (3.0, 10.0),
-        "tasks": (6, 15),
+        "task_s": (6.0,),
+        "tasks": (6,),
         "pause_s": (0.05, 1.0),
     },
     "endless": {  # what is cancelled would run on for ever
