@@ -327,6 +327,7 @@ class Conversation:
         for cursor, end in enumerate(fresh, start=known):
             if end.result is not None and end.result.blob is not None:
                 track.held[end.index] = cursor
+                track.fetching.add(end.index)
                 self._fetches.want(end.result.blob, partial(self._fetched, track, cursor, end))
             else:
                 ready.append((cursor, end))
@@ -347,6 +348,7 @@ class Conversation:
 
     def _fetched(self, track: Track, cursor: int, end: TaskEnd, content: bytes | None) -> None:
         track.held.pop(end.index, None)
+        track.fetching.discard(end.index)
         if content is not None:
             end = msgspec.structs.replace(end, result=Payload(inline=content, size_bytes=len(content)))
         else:
@@ -384,7 +386,7 @@ class Conversation:
         with self._lock:
             for job, index in claims:
                 track = self._tracks.get(job)
-                if track is not None and track.unclaim(index):
+                if track is not None and track.unclaim(index) and index not in track.fetching:
                     released |= track.held.pop(index, None) is not None
         if released:
             self._ack_soon()

@@ -104,6 +104,7 @@ class Track:
         "closed_count",
         "cursor",
         "error",
+        "fetching",
         "has_ended",
         "held",
         "is_detached",
@@ -143,11 +144,14 @@ class Track:
         self.claims: dict[int, int] = {}
         #: index -> cursor of its end, for ends that must not be acknowledged yet.
         self.held: dict[int, int] = {}
+        #: Those whose result is on its way: they are held whether anybody claims them or not.
+        self.fetching: set[int] = set()
 
     @property
     def ackable(self) -> int:
         """The cursor up to which events may be acknowledged."""
-        return min(self.held.values(), default=self.cursor)
+        # What was acknowledged once is gone there: a claim that comes later cannot bring it back.
+        return max(self.acked, min(self.held.values(), default=self.cursor))
 
     @property
     def is_over(self) -> bool:

@@ -78,3 +78,10 @@ def test_what_is_run_again_is_waited_for_once_however_often_it_is_heard() -> Non
         track.resolve(indices, ended=ended)
         counts.append(track.unresolved_count)
     assert counts == [0, 1, 1, 0, 0]
+
+
+def test_what_was_acknowledged_is_not_asked_for_again() -> None:
+    track = Track(SPEC.job, Record("python"), SPEC)
+    track.cursor = track.acked = 3
+    track.held[0] = 1
+    assert track.ackable == 3

@@ -171,7 +171,7 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "claims-ignored",
         "a client acknowledges an end that a submission under way depends on",
-        (Change(_ackable, "min(self.held.values(), default=self.cursor)", "self.cursor"),),
+        (Change(_ackable, "max(self.acked, min(self.held.values(), default=self.cursor))", "self.cursor"),),
         seed=25,
         theme="early-acks",
     ),
