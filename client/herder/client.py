@@ -25,6 +25,7 @@ from herder.jobs import Job, MapResults, Record
 from herder.options import OPTION_NAMES, Options, check_options, unknown_keyword
 from herder.outcomes import Kind
 from herder.payload import DependencyEnded, FunctionCache, PickledFunction, function_name
+from herder.tracks import Shared, Track
 from herder.workload import Workload
 from herder_shared.config import Profile, load_profile, parse_address
 from herder_shared.errors import ConfigError, JobNotFound
@@ -34,7 +35,6 @@ from herder_shared.wire.messages import CommandSpec, DrainNode, JobSpec, Key, Ke
 
 if TYPE_CHECKING:
     from herder.completed import Completed
-    from herder.tracks import Track
     from herder_shared.wire.messages import JobInfo, NodeInfo, StatusInfo, WorkloadInfo
 
 T = TypeVar("T")
@@ -460,9 +460,11 @@ class Client(View):
             raise JobNotFound(f"there is no job {id!r}, or it has been forgotten: `herder jobs` lists them")
         found = answer.jobs[0]
         here = self._connection.sink_of(job)
-        if here is not None and isinstance(here[1], Record) and here[1].is_held:
-            # Followed here already: what came is shown by both.
-            return Job(self._connection, here[0], here[1], found.name, cancel_running=True)
+        if here is not None:
+            track, sink = here
+            for each in (sink, *(sink.others if isinstance(sink, Shared) else ())):
+                if isinstance(each, Record) and each.is_held:  # followed here already: what came is shown by both
+                    return Job(self._connection, track, each, found.name, cancel_running=True)
         record = Record("command" if found.workload_kind == "command" else "python")
         track = self._connection.observe_job(job, record)
         record.submitted_count = record.total = max(found.tasks, track.submitted_count)

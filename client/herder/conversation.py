@@ -253,7 +253,7 @@ class Conversation:
             self._first_link.set_result(None)
         for track in self._tracks.values():
             if track.is_observer or track.is_settled or self._outbox.is_opened(track.job):
-                link.send(Attach(track.job, track.ackable))
+                link.send(Attach(track.job, track.wanted_from))
         self._flush()
         for question in self._questions.again():
             link.send(question)
@@ -318,7 +318,7 @@ class Conversation:
             return
         if message.cursor > track.cursor:
             # A gap: events of an attachment that this link has not made yet. Asked for again from where we are.
-            self._say(Attach(track.job, track.ackable))
+            self._say(Attach(track.job, track.wanted_from))
             return
         known = track.cursor
         fresh = message.ends[known - message.cursor :]
@@ -460,18 +460,23 @@ class Conversation:
         self._acknowledged(unsaid)
 
     def _share(self, track: Track, sink: Sink) -> None:
-        """Another one follows a job of ours, from now on."""
-        sink.miss(sorted(track.sink.ended_among(track.submitted_count)))
+        """Another one follows a job of ours: from its beginning, if all of it is kept for anybody, else from now on."""
+        has_begun_anew = track.is_detached and track.error is None
+        if not has_begun_anew:
+            sink.miss(sorted(track.sink.ended_among(track.submitted_count)))
         if track.error is not None:
             sink.lost(0, track.error)
         track.sink = Shared(track.sink, sink)
+        if has_begun_anew and track.cursor:
+            track.cursor = 0
+            self._say(Attach(track.job, 0))
 
     def _follow(self, track: Track) -> None:
         with self._lock:
             self._tracks[track.job] = track
         track.held[_FOLLOWED] = track.cursor
         if track.is_settled:  # nothing was asked about it on this link
-            self._say(Attach(track.job, track.ackable))
+            self._say(Attach(track.job, track.wanted_from))
 
     def _follow_no_more(self, track: Track) -> None:
         track.held.pop(_FOLLOWED, None)

@@ -57,6 +57,11 @@ class Shared:
         return len(self._sinks)
 
     @property
+    def others(self) -> tuple[Sink, ...]:
+        """Those that came after `first`."""
+        return self._sinks[1:]
+
+    @property
     def is_wanted(self) -> bool:
         """Sink."""
         return True
@@ -152,6 +157,11 @@ class Track:
         """The cursor up to which events may be acknowledged."""
         # What was acknowledged once is gone there: a claim that comes later cannot bring it back.
         return max(self.acked, min(self.held.values(), default=self.cursor))
+
+    @property
+    def wanted_from(self) -> int:
+        """The cursor from which events are asked for."""
+        return min(self.cursor, self.ackable)
 
     @property
     def is_over(self) -> bool:

@@ -745,6 +745,28 @@ def test_who_asks_for_his_own_job_late_is_told_where_its_results_are(
     assert running.result(10) == lane.future(1).result(10) == 25
 
 
+def test_who_asks_for_his_own_detached_job_is_told_all_of_it(
+    client: herder.Client, coordinator: FakeCoordinator
+) -> None:
+    detached = client.options(detached=True)
+    array = detached.array(square, range(3)).id  # nobody has its results
+    wait_until(lambda: JobId(array) in coordinator.jobs and coordinator.jobs[JobId(array)].acked == 3, 10)
+    first = client.job(array)
+    assert list(first.results(10)) == [0, 1, 4]
+    assert first.progress() == client.job(array).progress() == herder.JobProgress(3, 3, 0, 3, 0, 0)
+
+    done = detached.submit(square, 4)
+    assert done.result(10) == 16
+    coordinator.hold = True
+    running = detached.submit(square, 5)
+    lane = client.job(running.job_id)
+    assert lane.future(0).result(10) == 16
+    coordinator.hold = False
+    coordinator.drop()
+    coordinator.release()
+    assert running.result(10) == lane.future(1).result(10) == client.job(running.job_id).future(1).result(10) == 25
+
+
 def test_a_job_of_others_may_be_asked_for_twice(client: herder.Client, coordinator: FakeCoordinator) -> None:
     coordinator.hold = True
     job = client.array(square, range(3))
