@@ -252,7 +252,9 @@ class Conversation:
         if not self._first_link.done():
             self._first_link.set_result(None)
         for track in self._tracks.values():
-            if track.is_observer or track.is_settled or self._outbox.is_opened(track.job):
+            # Of a job that takes no more tasks nothing more is said, but those that it took have not all ended.
+            is_known = track.is_observer or track.is_settled or track.error is not None
+            if is_known or self._outbox.is_opened(track.job):
                 link.send(Attach(track.job, track.wanted_from))
         self._flush()
         for question in self._questions.again():

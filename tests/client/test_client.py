@@ -429,6 +429,21 @@ def test_refused_submission_fails_its_futures_and_later_ones_use_a_new_job(
     assert other.job_id != future.job_id
 
 
+def test_what_a_job_took_before_it_refused_more_is_told_on_the_next_connection(
+    client: herder.Client, coordinator: FakeCoordinator
+) -> None:
+    coordinator.hold = True
+    taken, refused = client.submit(square, 3), client.submit(square, 4)
+    job = JobId(taken.job_id)
+    coordinator.until(lambda: job in coordinator.jobs and len(coordinator.jobs[job].tasks) == 2)
+    coordinator.send(m.SubmitRefused(job, 1, "RemoteProtocolError", "the job was closed with 1 task"))
+    with pytest.raises(herder.HerderError, match="closed with 1 task"):
+        refused.result(10)
+    coordinator.drop()
+    coordinator.release()
+    assert taken.result(10) == 9
+
+
 def test_submission_that_may_be_tried_again_is(
     client: herder.Client, coordinator: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_every_promise_holds_in_histories_that_nobody_has_seen(batch: int) -> No
         401094,  # a submission that depended on one which was to come again found that there was no such task
         2035,  # what came for a job that had been given up meanwhile was acknowledged, and waited for ever
         3080651,  # an acknowledged submission let go of a result that was still being fetched; its job was given up
+        7001613,  # a job that was refused more tasks was not attached to again: those that it had taken never ended
         1002548,  # a snapshot told of the verdict on a workload that no job had any more, and nobody knew which it was
     ],
 )

@@ -46,9 +46,9 @@ class _ClientLink:
     link: Link
     client: Incarnation
     held: deque[m.Message] = field(default_factory=deque)
-    #: Jobs with the first task of a submission that is to come again: what follows on it of that job comes again with
-    #: it, in its order, and is passed over until then.
-    refused: dict[JobId, int] = field(default_factory=dict)
+    #: Jobs with the first task of a submission that is to come again, and the end of the last one behind it: what
+    #: follows on it of that job comes again with it, in its order, and is passed over until then.
+    refused: dict[JobId, tuple[int, int]] = field(default_factory=dict)
 
 
 class Clients:
@@ -187,7 +187,7 @@ class Clients:
         reason = self.why_no_submissions()
         if reason:
             text = f"{reason}: nothing new is taken in until that is over"
-            client.refused[message.job] = message.first
+            client.refused[message.job] = (message.first, _upto(message))
             client.link.send(m.SubmitRefused(message.job, message.first, Unreachable.__name__, text, again=True))
             return
         client.refused.pop(message.job, None)
@@ -216,25 +216,27 @@ class Clients:
             return self._lacks(client, message.job, None)
         if not isinstance(message, m.SubmitTasks):
             return False
-        first = client.refused.get(message.job)
-        if first is not None and message.first > first and self._lacks(client, message.job, None):
+        refused = client.refused.get(message.job)
+        if refused is not None and message.first > refused[0] and self._lacks(client, message.job, None):
+            client.refused[message.job] = (refused[0], max(refused[1], _upto(message)))
             return True
         needs = [key for task in message.tasks for key in task.deps if key[0] != message.job] if client.refused else []
         if any(self._lacks(client, job, index) for job, index in needs):
-            client.refused.setdefault(message.job, message.first)
+            client.refused.setdefault(message.job, (message.first, _upto(message)))
             return True
         return False
 
     def _lacks(self, client: _ClientLink, job_id: JobId, index: int | None) -> bool:
-        """Whether this task of the job (None: the first that was not taken in) is still to come again."""
-        first = client.refused.get(job_id)
-        if first is None or (index is not None and index < first):
+        """Whether this task of the job (None: any that was not taken in) is still to come again."""
+        refused = client.refused.get(job_id)
+        if refused is None:
             return False
         job = self._core.state.jobs.get(job_id)
-        if job is not None and job.count > first:  # it is there after all: what was refused was a repetition
+        count = job.count if job is not None else 0
+        if count >= refused[1]:  # they are there after all: what was refused was a repetition
             del client.refused[job_id]
             return False
-        return True
+        return index is None or index >= max(refused[0], count)
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
@@ -330,6 +332,10 @@ class Clients:
 
     def __len__(self) -> int:
         return len(self._links)
+
+
+def _upto(message: m.SubmitTasks) -> int:
+    return message.first + len(message.tasks)
 
 
 def _owner(link: Link) -> str:

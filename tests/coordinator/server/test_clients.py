@@ -90,6 +90,30 @@ def test_what_follows_on_a_submission_that_is_to_come_again_comes_with_it(
     run(go())
 
 
+def test_a_submission_of_which_a_part_is_there_is_still_to_come_again(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    """The first part came on an older connection; the client has put what came later to what it says again."""
+
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            clients = running.server._clients
+            assert clients is not None
+            client.send(m.OpenJob(job_spec()), submission(2))
+            while (await client.next(m.SubmitOk)).upto < 2:
+                pass
+            clients.why_no_submissions = lambda: "no space"
+            client.send(submission(4), submission(1, first=4), m.CloseJob(JOB, 5))
+            assert (await client.next(m.SubmitRefused)).first == 0
+            clients.why_no_submissions = str
+            client.send(submission(4), submission(1, first=4), m.CloseJob(JOB, 5))
+            while (await client.next(m.SubmitOk)).upto < 5:
+                pass
+            assert len([one for one in client.messages if isinstance(one, m.SubmitRefused)]) == 1
+
+    run(go())
+
+
 async def linked_again(client: Peer) -> Peer:
     """The same client on its next link."""
     link = await client.client.observer.link(2)
