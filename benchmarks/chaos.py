@@ -85,6 +85,8 @@ class Options:
     coordinator_life_s: float
     #: The first of each life, in which bounded caches fill, says nothing of leaks.
     warm_up_s: float
+    #: Tasks that end before the first fault, so that the bounded record of what has ended is full.
+    fill: int
     folder: Path | None
 
 
@@ -176,6 +178,7 @@ class Chaos:
             cores=options.cores, agents=options.agents, state_dir=self._folder / "cluster"
         )
         try:
+            self._fill(cluster)
             for name, process in cluster.processes.items():
                 self._samples.follow(name, process.pid)
             for _ in range(options.clients):
@@ -191,6 +194,11 @@ class Chaos:
             self._end(cluster)
         self._judge_processes()
         return self._report(time.monotonic() - began_s)
+
+    def _fill(self, cluster: herder.LocalCluster) -> None:
+        if self._options.fill:
+            with cluster.client(workload=herder.Workload(max_tasks_per_child=None)) as client:
+                client.array(abs, range(self._options.fill)).wait()
 
     # --- faults ------------------------------------------------------------------------------------------------------
 
@@ -519,6 +527,9 @@ def main() -> int:
         "--coordinator-life", type=float, default=300.0, help="with --spare: seconds between its deaths"
     )
     parser.add_argument("--warm-up", type=float, default=60.0, help="seconds of each life that slopes leave out")
+    parser.add_argument(
+        "--fill", type=int, default=0, help="tasks that end before the first fault; caches are full then"
+    )
     parser.add_argument("--keep", type=Path, help="a new folder for everything, which is kept")
     given = parser.parse_args()
     options = Options(
@@ -532,6 +543,7 @@ def main() -> int:
         spare=given.spare,
         coordinator_life_s=given.coordinator_life,
         warm_up_s=given.warm_up,
+        fill=given.fill,
         folder=given.keep,
     )
     if options.folder is not None:
