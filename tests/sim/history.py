@@ -181,6 +181,8 @@ class History:
             if plan.cancelled and not job.cancelled:
                 raise Violation(f"the cancellation of {job_id} was acknowledged, and is not there")
             for index in plan.cancelled_indices:
+                if index >= job.count:  # it was refused: its client had been away for longer than its grace
+                    continue
                 task = job.tasks.get(index)
                 is_again = plan.retries > 0  # it had ended, and there was nothing to be cancelled
                 if not job.outcomes[index] and not is_again and not (task and (task.cancel or task.cancel_pending)):

@@ -383,7 +383,8 @@ class Simulation:
             agent.kill(0.1)
 
     def _take_over(self, seconds: float) -> None:
-        if self.faults.disconnect_grace_s <= 2 * self.faults.lease_s:  # clients may take that long to leave a zombie
+        # Clients may take two leases to leave a zombie, and some round trips and waits to be back.
+        if self.faults.disconnect_grace_s <= 2 * self.faults.lease_s + 5.0:
             for plan in self.history.plans.values():
                 plan.is_abandoned = True
         self.coordinator.take_over(seconds)
