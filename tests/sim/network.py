@@ -233,7 +233,15 @@ class Network:
     """Connections between coordinators and who dials them."""
 
     def __init__(
-        self, world: World, delay_s: float, *, doubles: bool, is_late: bool, tail_s: float = 0.0, flaps: float = 0.0
+        self,
+        world: World,
+        delay_s: float,
+        *,
+        doubles: bool,
+        is_late: bool,
+        tail_s: float = 0.0,
+        flaps: float = 0.0,
+        disturbed: set[str],
     ) -> None:
         self.world = world
         self.delay_s = delay_s
@@ -241,6 +249,8 @@ class Network:
         self.tail_s = tail_s
         #: How many connections break as soon as something has been said.
         self.flaps = flaps
+        #: Hosts of which a connection broke by that.
+        self.disturbed = disturbed
         self.doubles = doubles
         #: What was under way when a connection broke still arrives.
         self.is_late = is_late
@@ -294,6 +304,7 @@ class Network:
         self.cables = [each for each in self.cables if not (each.is_broken or each.ends[0].is_over)]
         self.cables.append(cable)
         if self.flaps and self.world.chance(self.flaps):
+            self.disturbed.add(host)
             self.world.after(self.world.random.random() * (4 * self.delay_s + 0.1), cable.break_off)
         listener.call_soon(self._made, far, accept, identity, None)
         program.call_soon(self._made, near, factory, coordinator, refused)

@@ -316,6 +316,7 @@ class Simulation:
             is_late=faults.is_late,
             tail_s=faults.tail_s,
             flaps=faults.flaps,
+            disturbed=self.history.disturbed,
         )
         self.coordinator = Coordinator(world, self.network, self.history, faults)
         # One node has an even number of cores, so that every request can be met.

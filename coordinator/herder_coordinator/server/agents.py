@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -158,16 +159,21 @@ class Agents:
             if blob not in agent.held and not self._transfers.is_arriving(agent.link, blob):
                 agent.link.send(m.WantBlob(blob))
             agent.held.setdefault(blob, []).append(end)
-        self._store.name(blob for end in ends if (blob := _result_blob(end)) is not None)
+        self._name([blob for end in ends if (blob := _result_blob(end)) is not None])
         return (tuple(end for end in ends if end not in missing), missing) if missing else (ends, ())
+
+    def _name(self, blobs: Sequence[BlobId]) -> None:
+        """An event names them, and has been raised or is about to be."""
+        if blobs:
+            self._core.ask(lambda _state, _now_s: self._store.name(blobs))
 
     def blob_arrived(self, blob: BlobId) -> None:
         """A blob has become durable: report the ends that waited for it."""
         for agent in list(self._links.values()):
             ends = agent.held.pop(blob, None)
             if ends:
-                self._store.name([blob])
                 self._core.raise_event(AttemptsEnded(agent.node, agent.link.session, tuple(ends)))
+                self._name([blob])
 
     def _result_is_lost(self, agent: _AgentLink, blob: BlobId) -> None:
         ends = agent.held.pop(blob, None)

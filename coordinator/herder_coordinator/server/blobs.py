@@ -102,7 +102,8 @@ class BlobStore:
         self._orphans[blob] = now_s + ORPHAN_S
 
     def name(self, blobs: Iterable[BlobId]) -> None:
-        """An event that names these blobs was raised: the core counts its references from now on."""
+        """The core has taken in an event that names these blobs: it counts its references from now on. Until then their
+        promise stands, as an order to drop them that was decided earlier may still be on its way."""
         for blob in blobs:
             self._orphans.pop(blob, None)
 

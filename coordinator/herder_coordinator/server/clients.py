@@ -197,12 +197,14 @@ class Clients:
             log.warning("client %s: job %s from task %d on: %s", client.client, message.job, message.first, text)
             client.link.close(text)
             return
-        self._store.name(_named(message))
         self._core.raise_event(
             events.TasksSubmitted(
                 client.client, message.job, message.first, message.function, message.tasks, message.python
             )
         )
+        named = _named(message)
+        if named:
+            self._core.ask(lambda _state, _now_s: self._store.name(named))
 
     def _missing(self, message: m.SubmitTasks) -> list[BlobId]:
         """The blobs which it names and which are not durable here."""

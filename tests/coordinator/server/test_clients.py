@@ -54,6 +54,26 @@ def test_a_submission_may_follow_its_blob_before_that_is_confirmed(
     run(go())
 
 
+def test_an_older_order_to_drop_a_blob_does_not_overtake_the_submission_that_names_it_again(
+    authority: Authority, tmp_path: Path, run: Run
+) -> None:
+    async def go() -> None:
+        async with coordinating(authority, tmp_path) as running, client_of(authority, running.address) as client:
+            server, blob = running.server, blob_id(LARGE)
+            assert server._clients is not None
+            client.send(m.OpenJob(job_spec()), *chunks(LARGE, BLOB_CHUNK_BYTES))
+            await client.next(m.BlobStored)
+            (link,) = server._clients._links
+            # In one turn of the loop: the submission is heard, and then the disk has what the order waited for.
+            server._clients.received(link, [large_submission(blob)])
+            server.drop_blobs((blob,))
+            while (await client.next(m.SubmitOk)).upto < 1:
+                pass
+            assert blob in server._store
+
+    run(go())
+
+
 def test_a_submission_without_its_blob_ends_the_link_so_that_nothing_overtakes_it(
     authority: Authority, tmp_path: Path, run: Run
 ) -> None:
