@@ -293,7 +293,7 @@ class Conversation:
             case SubmitOk():
                 self._acknowledged(self._outbox.submit_ok(message.job, message.upto))
             case CancelOk():
-                self._outbox.cancel_ok(message.job, message.indices)
+                self._outbox.cancel_ok(message.job, message.indices, message.running)
             case SubmitRefused():
                 self._refused(message)
             case Answer():

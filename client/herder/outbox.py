@@ -194,11 +194,11 @@ class Outbox:
             self._release(batch)
         return done
 
-    def cancel_ok(self, job: JobId, indices: tuple[int, ...] | None) -> None:
+    def cancel_ok(self, job: JobId, indices: tuple[int, ...] | None, running: bool) -> None:
         """The first such cancellation is durable. A harder one of the same tasks may be behind it, with its own
-        answer to come."""
+        answer to come; this one may come twice, if it was asked for on two connections."""
         for position, each in enumerate(self._cancels):
-            if each.job == job and each.indices == indices:
+            if each.job == job and each.indices == indices and each.running == running:
                 del self._cancels[position]
                 return
 

@@ -67,7 +67,7 @@ def test_what_was_not_acknowledged_is_said_again_in_order() -> None:
         m.CancelTasks(JOB, (1,), True),
         m.CloseJob(JOB, 4),
     ]
-    outbox.cancel_ok(JOB, (1,))
+    outbox.cancel_ok(JOB, (1,), True)
     outbox.submit_ok(JOB, 4)
     outbox.rewind()
     assert outbox.pump() == [m.CloseJob(JOB, 4)]
@@ -91,7 +91,7 @@ def test_futures_that_are_cancelled_one_by_one_make_few_messages() -> None:
         m.CancelTasks(JOB, (7,), False),
         m.CancelTasks(JOB, None, True),
     ]
-    outbox.cancel_ok(JOB, first.indices)
+    outbox.cancel_ok(JOB, first.indices, True)
     outbox.rewind()
     assert outbox.pump() == [second, third, fourth]
 
@@ -101,9 +101,10 @@ def test_a_harder_cancellation_is_said_again_until_it_is_answered_itself() -> No
     outbox.add(Cancel(JOB, None, False))
     outbox.add(Cancel(JOB, None, True))
     outbox.pump()
-    outbox.cancel_ok(JOB, None)
-    outbox.rewind()
-    assert outbox.pump() == [m.CancelTasks(JOB, None, True)]
+    for _ in range(2):  # it was said on two connections
+        outbox.cancel_ok(JOB, None, False)
+        outbox.rewind()
+        assert outbox.pump() == [m.CancelTasks(JOB, None, True)]
 
 
 def test_a_job_of_which_nothing_was_said_is_not_known_to_the_coordinator() -> None:

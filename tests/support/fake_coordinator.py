@@ -226,7 +226,7 @@ class FakeCoordinator:
     def _cancel(self, link: Link, message: m.CancelTasks) -> None:
         job = self.jobs[message.job]
         indices = tuple(job.tasks) if message.indices is None else message.indices
-        link.send(m.CancelOk(message.job, message.indices))
+        link.send(m.CancelOk(message.job, message.indices, message.running))
         for index in indices:
             if index not in job.ended and (message.running or index not in job.started):
                 self._end(message.job, m.TaskEnd(index, Outcome.CANCELLED))

@@ -309,7 +309,7 @@ def cancel_requested(turn: Turn, event: events.CancelRequested) -> None:
             turn.refuse(event.client, job.id, 0, "Unauthorized", f"job {job.id} belongs to {job.owner!r}")
             return
         cancel(turn, job, event.indices, event.running)
-    turn.to_client(event.client, CancelOk(event.job, event.indices))
+    turn.to_client(event.client, CancelOk(event.job, event.indices, event.running))
 
 
 def job_change_requested(turn: Turn, event: events.JobChangeRequested) -> None:

@@ -669,10 +669,11 @@ class TasksReset(_Message, frozen=True):
 
 
 class CancelOk(_Message, frozen=True):
-    """The cancellation is durable."""
+    """The cancellation is durable; `running` as there: a harder one of the same tasks has an answer of its own."""
 
     job: JobId
     indices: tuple[int, ...] | None = None
+    running: bool = True
 
 
 class Notice(_Message, frozen=True):
