@@ -37,8 +37,9 @@ EXCUSED_S = limits.HANDSHAKE_TIMEOUT_S + limits.BACKOFF_S_MAX
 
 def judge_restart_s(state: State) -> float:
     """How long a new life waits before it says that no node could ever run a task. An agent on which nothing runs is
-    not in the journal, and hangs for a lease on a coordinator that was stopped, and from which this one took over."""
-    return max(JUDGE_RESTART_S, state.periods.lease_s + limits.BACKOFF_S_MAX)
+    not in the journal, and hangs for a lease on a coordinator that was stopped, and from which this one took over; then
+    it may dial that one once more."""
+    return max(JUDGE_RESTART_S, state.periods.lease_s + EXCUSED_S)
 
 
 def task_backoff_s(base_s: float, failures: int) -> float:
