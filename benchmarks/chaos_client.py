@@ -231,7 +231,13 @@ def adopt(client: herder.Client, folder: Path) -> int:
     count = 0
     with (folder / "client-~adopted.jsonl").open("a") as file:
         for word in words:
-            job = client.job(word["job"])
+            try:
+                job = client.job(word["job"])
+            except herder.JobNotFound:
+                if len(words) <= DETACHED_KEPT_MAX:
+                    raise
+                file.write(json.dumps({"key": word["prefix"], "t": "forgotten", "prefix": word["prefix"]}) + "\n")
+                continue
             if not job.wait(PATIENCE_S):
                 continue  # the checker sees that the ends are missing
             for index in range(len(job)):

@@ -38,6 +38,9 @@ UNACKED_SUBMIT_BYTES_MAX = 32 * MIB
 #: of each lies in its folder.
 QUEUED_BYTES_MAX = 256 * MIB
 KEPT_ENDS_BYTES_MAX = 256 * MIB
+#: ... and of those that were acknowledged, which are kept for logs and for whoever comes late.
+RECENT_BYTES_MAX = 32 * MIB
+RECENT_ENDS_MAX = 100_000
 
 #: Attempts of one node that may wait for tasks of their own at a time, their cores given up. Each is a process; beyond
 #: it a wait fails, as the node would drown in processes.

@@ -52,7 +52,7 @@ def digest(state: State) -> dict[str, Any]:
 def _blobs(state: State) -> dict[BlobId, int]:
     """References, without those of the acknowledged records that are kept for a while."""
     blobs = dict(state.blobs)
-    for end in state.recent.values():
+    for _, end in state.recent.items():
         if end.result is not None and end.result.blob is not None:
             blobs[end.result.blob] -= 1
     return {blob: uses for blob, uses in sorted(blobs.items()) if uses}

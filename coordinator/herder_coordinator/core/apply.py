@@ -15,7 +15,7 @@ import msgspec
 
 from herder_coordinator.core import placement, records, reserve, shares
 from herder_coordinator.core.lease import FORGET_S
-from herder_coordinator.core.room import Ends, Room, end_size_bytes, items_size_bytes, shelve_items, shelved_items
+from herder_coordinator.core.room import Ends, Room, items_size_bytes, shelve_items, shelved_items
 from herder_coordinator.core.room import drop as drop_from_shelf
 from herder_coordinator.core.state import (
     OUTCOME_CODES,
@@ -51,9 +51,6 @@ from herder_shared.wire.messages import (
     WorkloadSpec,
 )
 
-#: Bytes of acknowledged terminal records (their logs and values) that are kept for `herder logs` and late dependants.
-RECENT_BYTES_MAX = 64 * limits.MIB
-RECENT_ENDS_MAX = 100_000
 #: Attempts of a task that are remembered beside the newest.
 PAST_MAX = 8
 #: Workloads and paces of workloads that no job uses.
@@ -736,22 +733,14 @@ def remember(state: State, job: JobId, end: TaskEnd) -> None:
 
 
 def _remember(state: State, key: TaskKey, end: TaskEnd) -> None:
-    state.recent[key] = end
-    state.recent_bytes += _held_bytes(end)
-    while state.recent_bytes > RECENT_BYTES_MAX or len(state.recent) > RECENT_ENDS_MAX:
-        oldest = next(iter(state.recent))
-        _drop_recent(state, oldest)
-
-
-def _held_bytes(end: TaskEnd) -> int:
-    blob_bytes = end.result.size_bytes if end.result is not None and end.result.blob is not None else 0
-    return end_size_bytes(end) + blob_bytes
+    for blob in state.recent.add(key, end):
+        release_blob(state, blob)
 
 
 def _drop_recent(state: State, key: TaskKey) -> None:
-    end = state.recent.pop(key)
-    state.recent_bytes -= _held_bytes(end)
-    _release_result(state, end)
+    blob = state.recent.pop(key)
+    if blob is not None:
+        release_blob(state, blob)
 
 
 def _release_result(state: State, end: TaskEnd) -> None:

@@ -41,7 +41,7 @@ DETACHED_KEPT_MAX = limits.ENDED_JOBS_MAX
 #: Jobs that are kept only because failed tasks of theirs could be run again; beyond this the oldest are given up.
 SPENT_KEPT_MAX = limits.ENDED_JOBS_MAX
 #: Acknowledged records of a job which somebody else who attaches is told all at once.
-PAST_ENDS_MAX = apply.RECENT_ENDS_MAX
+PAST_ENDS_MAX = limits.RECENT_ENDS_MAX
 #: Indices in one `TasksReset`: about 5 bytes each.
 RESET_INDICES_MAX = 20_000
 

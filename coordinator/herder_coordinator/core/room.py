@@ -10,6 +10,7 @@ Nothing on a shelf is durable, nor needs to be: the journal has it all.
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,15 +18,19 @@ from typing import Protocol
 import msgspec
 
 from herder_shared import limits
+from herder_shared.ids import BlobId, JobId
 from herder_shared.states import Outcome
 from herder_shared.wire.messages import TaskEnd, TaskItem
 
 #: What a queued task, and a terminal record, cost in memory beside their bytes.
 QUEUED_OVERHEAD_BYTES = 170
 END_OVERHEAD_BYTES = 600
+#: ... and an encoded one, with its key.
+RECENT_OVERHEAD_BYTES = 320
 
 _encoder = msgspec.msgpack.Encoder()
 _items: msgspec.msgpack.Decoder[list[TaskItem | None]] = msgspec.msgpack.Decoder(list[TaskItem | None])
+_end: msgspec.msgpack.Decoder[TaskEnd] = msgspec.msgpack.Decoder(TaskEnd)
 _ends: msgspec.msgpack.Decoder[list[TaskEnd]] = msgspec.msgpack.Decoder(list[TaskEnd])
 
 
@@ -242,6 +247,66 @@ class Ends:
             self._open = _ends.decode(self._room.shelf.get(block.ticket))
             self._open_ticket = block.ticket
         return self._open
+
+
+class Recent:
+    """Acknowledged terminal records, for logs, for explanations and for dependants that come late: the newest, as far
+    as `bytes_max` and `ends_max` go. Kept encoded, which takes a third of the room."""
+
+    __slots__ = ("_kept", "bytes_max", "ends_max", "size_bytes")
+
+    def __init__(self, bytes_max: int = limits.RECENT_BYTES_MAX, ends_max: int = limits.RECENT_ENDS_MAX) -> None:
+        #: Record, its blob, what it counts for. (In a plain dict the first key would soon be behind thousands that are
+        #: gone.)
+        self._kept: OrderedDict[tuple[JobId, int], tuple[bytes, BlobId | None, int]] = OrderedDict()
+        self.bytes_max = bytes_max
+        self.ends_max = ends_max
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: tuple[JobId, int]) -> bool:
+        return key in self._kept
+
+    def __iter__(self) -> Iterator[tuple[JobId, int]]:
+        return iter(self._kept)
+
+    def get(self, key: tuple[JobId, int]) -> TaskEnd | None:
+        """The record, if it is kept."""
+        kept = self._kept.get(key)
+        return _end.decode(kept[0]) if kept is not None else None
+
+    def items(self) -> Iterator[tuple[tuple[JobId, int], TaskEnd]]:
+        """All of them, oldest first."""
+        for key, (content, _, _) in self._kept.items():
+            yield key, _end.decode(content)
+
+    def add(self, key: tuple[JobId, int], end: TaskEnd) -> list[BlobId]:
+        """Keep one more; its blob counts with its bytes. Returns the blobs of those that went for it, or its own, if it
+        is too large to be kept."""
+        blob = end.result.blob if end.result is not None else None
+        content = _encoder.encode(end)
+        size_bytes = len(content) + RECENT_OVERHEAD_BYTES
+        if blob is not None and end.result is not None:
+            size_bytes += end.result.size_bytes
+        if size_bytes > self.bytes_max:
+            return [blob] if blob is not None else []
+        self._kept[key] = (content, blob, size_bytes)
+        self.size_bytes += size_bytes
+        gone: list[BlobId] = []
+        while self.size_bytes > self.bytes_max or len(self._kept) > self.ends_max:
+            _, (_, old, old_bytes) = self._kept.popitem(last=False)
+            self.size_bytes -= old_bytes
+            if old is not None:
+                gone.append(old)
+        return gone
+
+    def pop(self, key: tuple[JobId, int]) -> BlobId | None:
+        """Keep it no more. Returns its blob."""
+        _, blob, size_bytes = self._kept.pop(key)
+        self.size_bytes -= size_bytes
+        return blob
 
 
 def _has_blob(end: TaskEnd) -> bool:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from herder_coordinator.core.records import SharesKept
-from herder_coordinator.core.room import Ends, Room
+from herder_coordinator.core.room import Ends, Recent, Room
 from herder_shared import limits
 from herder_shared.ids import AttemptId, BlobId, ClusterId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import AgentState, Cause, Outcome, TaskState
@@ -39,7 +39,6 @@ from herder_shared.wire.messages import (
     NodeReport,
     PastAttempt,
     Payload,
-    TaskEnd,
     TaskItem,
     WorkloadReport,
     WorkloadSpec,
@@ -487,10 +486,7 @@ class State:
     blobs: dict[BlobId, int] = field(default_factory=dict)
     unused: list[BlobId] = field(default_factory=list)
     summaries: dict[JobId, JobInfo] = field(default_factory=dict)
-    #: Acknowledged terminal records, for logs and for dependants that come late; bounded in bytes. Ordered, as the
-    #: oldest goes for each new one: in a dict whose head is always removed its first key is ever further away.
-    recent: OrderedDict[TaskKey, TaskEnd] = field(default_factory=OrderedDict)
-    recent_bytes: int = 0
+    recent: Recent = field(default_factory=Recent)
     #: Of all jobs' `spent`.
     spent_bytes: int = 0
     #: Running tasks that hold what those need for which they wait (core/standstill.py); since when it is these; when it

@@ -8,6 +8,7 @@ import pytest
 
 from herder_coordinator.core import events
 from herder_coordinator.core.explain import explain
+from herder_coordinator.core.room import Recent
 from herder_shared.ids import Incarnation, JobId, NodeName
 from herder_shared.states import Cause, Outcome, TaskState
 from herder_shared.wire.messages import Explanation, NodeReport
@@ -202,7 +203,7 @@ def test_an_ended_task_is_explained_after_its_client_has_the_record(lab: Lab) ->
     lab.ended(success(lab.attempt(0), 0))
     lab.do(events.EventsAcked(CLIENT, JOB, 1))
     assert told(lab).kind == "succeeded"
-    lab.state.recent.clear()
+    lab.state.recent = Recent()
     assert "no more of it is kept" in told(lab).summary
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herder_coordinator.core import events
-from herder_coordinator.core.room import Ends, Room, end_size_bytes
-from herder_shared.ids import BlobId
+from herder_coordinator.core.room import Ends, Recent, Room, end_size_bytes
+from herder_shared.ids import BlobId, JobId
 from herder_shared.states import Outcome
 from herder_shared.wire.messages import Payload, TaskEnd, TaskItem
 from support.core_lab import CLIENT, JOB, Lab, starts, success
@@ -74,6 +74,40 @@ def test_records_are_found_by_cursor_and_by_index_wherever_they_lie(
         assert 0 <= room.ends_bytes <= sum(map(end_size_bytes, plain))
     ends.clear()
     assert (room.ends_bytes, shelf.contents) == (0, {})
+
+
+@given(
+    what=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 0, 300, 5_000]), st.booleans()), max_size=40),
+    bytes_max=st.sampled_from([0, 1_500, 4_000]),
+    ends_max=st.sampled_from([1, 4, 100]),
+)
+def test_the_newest_acknowledged_records_are_kept_within_bounds(
+    what: list[tuple[int, int, bool]], bytes_max: int, ends_max: int
+) -> None:
+    recent = Recent(bytes_max, ends_max)
+    blobs: list[BlobId] = []
+    for number, (index, size_bytes, is_blob) in enumerate(what):
+        key = (JobId(f"job{number}"), index)
+        blob = BlobId(f"blob{number}") if is_blob else None
+        value = Payload(b"" if is_blob else bytes(size_bytes), blob, size_bytes)
+        one = TaskEnd(index, Outcome.SUCCEEDED, value)
+        blobs += [blob] if blob else []
+        for gone in recent.add(key, one):
+            blobs.remove(gone)
+        assert len(recent) <= ends_max
+        assert recent.size_bytes <= bytes_max
+        assert recent.get(key) == (one if key in recent else None)
+        kept = list(recent.items())
+        assert [each for each, _ in kept] == list(recent) == [(JobId(f"job{n}"), what[n][0]) for n in numbers(recent)]
+        assert [one.result.blob for _, one in kept if one.result and one.result.blob] == blobs
+    for key in list(recent):
+        recent.pop(key)
+    assert recent.size_bytes == 0
+
+
+def numbers(recent: Recent) -> list[int]:
+    """Ascending, as they came."""
+    return sorted(int(job.removeprefix("job")) for job, _ in recent)
 
 
 @pytest.fixture

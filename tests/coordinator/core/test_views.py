@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
-from msgspec.structs import replace
 
-from herder_coordinator.core import apply, events, views
+from herder_coordinator.core import events, views
 from herder_shared.ids import BlobId, Incarnation, JobId, NodeName
 from herder_shared.states import AgentState, Cause, Outcome, TaskState
-from herder_shared.wire.messages import Logs, NodeReport, Payload, TaskEnd, TaskInfo, TaskItem, WorkloadReport
+from herder_shared.wire.messages import Logs, NodeReport, Payload, TaskInfo, TaskItem, WorkloadReport
 from support.core_lab import CLIENT, JOB, WORKLOAD, Lab, failed, success
 
 
@@ -85,30 +82,13 @@ def test_logs_are_there_before_and_after_the_client_has_the_record(lab: Lab) -> 
     assert views.logs(lab.state, JOB, 0) == Logs(b"out")
 
 
-def test_logs_are_kept_up_to_a_bound(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("herder_coordinator.core.apply.RECENT_BYTES_MAX", 1500)
+def test_logs_are_kept_up_to_a_bound(lab: Lab) -> None:
+    lab.state.recent.ends_max = 2
     for index in range(4):
         lab.submit(1)
         lab.ended(success(lab.attempt(index), index))
         lab.do(events.EventsAcked(CLIENT, JOB, index + 1))
     assert [views.logs(lab.state, JOB, index) for index in range(4)] == [None, None, Logs(b"out"), Logs(b"out")]
-
-
-def test_to_remember_an_end_costs_the_same_when_an_older_one_goes_for_it(lab: Lab) -> None:
-    end = TaskEnd(0, Outcome.SUCCEEDED)
-    count = apply.RECENT_ENDS_MAX
-
-    def cost_s(first: int) -> float:
-        start_s = time.perf_counter()
-        for index in range(first, first + 1_000):
-            apply.remember(lab.state, JOB, replace(end, index=index))
-        return time.perf_counter() - start_s
-
-    filling_s = min(cost_s(first) for first in range(0, count, 1_000))
-    replacing_s = [cost_s(first) for first in range(count, count + 30_000, 1_000)]
-    assert len(lab.state.recent) == count
-    # In an ordinary dict the first key would be behind tens of thousands that are gone.
-    assert min(replacing_s[20:]) < 10 * filling_s
 
 
 def test_workloads_say_how_they_fare_on_each_node(lab: Lab) -> None:
