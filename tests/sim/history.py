@@ -76,6 +76,8 @@ class History:
     disturbed: set[str] = field(default_factory=set)
     #: A disk lost a blob, so that tasks may end for want of data.
     lost_blobs: bool = False
+    #: A coordinator took over from one that was stopped: agents may hang on the old one for longer than is waited.
+    is_taken_over: bool = False
     lives: int = 0
     events: int = 0
 
@@ -141,10 +143,12 @@ class History:
                 self._check_loss(key, end)
             case _:
                 pass
-        if end.failure is not None and end.failure.cause is Cause.UNSCHEDULABLE and not self.disturbed:
+        is_away = self.disturbed or self.is_taken_over
+        if end.failure is not None and end.failure.cause is Cause.UNSCHEDULABLE and not is_away:
             raise Violation(f"{key}: {end.failure.message}")
-        # What is run again finds the values that it needs only as long as they happen to be kept.
-        is_excused = self.lost_blobs or plan.is_abandoned or plan.retries
+        # What is run again finds the values that it needs only as long as they happen to be kept; and so does what
+        # depends on it.
+        is_excused = self.lost_blobs or plan.is_abandoned or any(each.retries for each in self.plans.values())
         if end.failure is not None and _root(end.failure).cause is Cause.DATA_LOST and not is_excused:
             raise Violation(f"{key}: {end.failure.message}")
 

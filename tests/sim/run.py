@@ -388,6 +388,7 @@ class Simulation:
         if self.faults.disconnect_grace_s <= 2 * self.faults.lease_s + 5.0:
             for plan in self.history.plans.values():
                 plan.is_abandoned = True
+        self.history.is_taken_over = True
         self.coordinator.take_over(seconds)
 
     def _drain(self, node: str) -> None:

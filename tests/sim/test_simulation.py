@@ -58,6 +58,7 @@ def test_every_promise_holds_in_histories_that_nobody_has_seen(batch: int) -> No
         7046613,  # a blob was dropped for its last user while the next one, who had been promised it, was being heard
         7053570,  # a soft cancellation was answered twice, and the harder one of the same tasks taken for answered
         8011515,  # an agent that dialled a stopped coordinator once more was no node for the one that took over
+        8089558,  # a coordinator that had stood still said that no node could run a task, and then heard of one
         1002548,  # a snapshot told of the verdict on a workload that no job had any more, and nobody knew which it was
     ],
 )

@@ -104,6 +104,8 @@ def forgive_stall(state: State, now_s: float) -> float:
     for job in state.jobs.values():
         if job.forget_s is not None:
             job.forget_s += late_s
+    if state.judge_s > state.now_s:  # agents may have come meanwhile, and are about to be heard of
+        state.judge_s += late_s
     if late_s >= state.periods.lease_s / 2:
         state.excused_until_s = now_s + EXCUSED_S
     reset_alarm(state)

@@ -29,10 +29,12 @@ def test_a_late_tick_moves_every_deadline_by_as_much() -> None:
     lab.node()
     lab.open()
     node = next(iter(lab.state.nodes.values()))
-    before_s = node.lease_s
+    before_s, judge_s = node.lease_s, lab.state.judge_s
+    assert judge_s > lab.now_s, "an agent has just come: others may follow"
     assert lease.forgive_stall(lab.state, lab.now_s + 0.9) == 0.0
     assert lease.forgive_stall(lab.state, lab.now_s + 10.5) == pytest.approx(10.0)
     assert node.lease_s == pytest.approx(before_s + 10.0)
+    assert lab.state.judge_s == pytest.approx(judge_s + 10.0)
 
 
 def test_nothing_is_forgiven_before_time_has_begun() -> None:
