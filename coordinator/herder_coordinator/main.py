@@ -175,7 +175,7 @@ def _repair(config: CoordinatorConfig) -> int:
 def _run(config: CoordinatorConfig) -> int:
     opener = _opener(config)
     gc.freeze()  # modules and classes live as long as the program
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(50_000, 10, 5)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             runner.run(_serve(config, opener))

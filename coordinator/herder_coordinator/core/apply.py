@@ -277,6 +277,10 @@ def forget_job(state: State, job: Job, info: JobInfo) -> None:
         if client is not None:
             client.watched.pop(job.id, None)
             client.jobs.pop(job.id, None)
+    # What refers to the job and to which it refers: cycles would lie about until a full collection, which comes rarely.
+    job.chunks.clear()
+    job.grown.clear()
+    del job.queue
     summarize(state, info)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ import pytest
 
 from herder_coordinator.core import events, records
 from herder_coordinator.core.effects import DropBlobs, Persist, SendToClient
+from herder_coordinator.core.state import Job
 from herder_shared import limits
 from herder_shared.ids import BlobId, Incarnation, JobId, NodeName, WorkloadKey
 from herder_shared.states import Cause, Outcome, TaskState
@@ -388,3 +390,26 @@ def test_a_client_says_how_long_its_jobs_go_on_without_it(restarts: bool) -> Non
     assert not lab.state.jobs[JOB].cancelled
     lab.pass_time(1.0)
     assert lab.state.jobs[JOB].cancelled
+
+
+def test_a_forgotten_job_is_freed_without_the_garbage_collector(lab: Lab) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(10):
+            job = JobId(f"job{number}")
+            lab.open(job, retries=1)
+            orders = lab.submit(4, job)
+            first, *others = (start for _, start, _ in starts(orders))
+            orders = lab.ended(failed(first.attempt, Cause.EXCEPTION, index=first.index, job=job))
+            for start in (*others, *(start for _, start, _ in starts(orders))):
+                lab.ended(success(start.attempt, start.index, job))
+            while job_state := [task for task in lab.state.jobs[job].tasks.values() if task.node is not None]:
+                lab.ended(*(success(task.attempt, task.index, job) for task in job_state))
+            lab.do(events.JobClosed(CLIENT, job, 4))
+            lab.do(events.EventsAcked(CLIENT, job, 4))
+            assert job not in lab.state.jobs
+        del job_state
+        assert not [each for each in gc.get_objects() if isinstance(each, Job)]
+    finally:
+        gc.enable()
