@@ -59,6 +59,7 @@ def test_every_promise_holds_in_histories_that_nobody_has_seen(batch: int) -> No
         7053570,  # a soft cancellation was answered twice, and the harder one of the same tasks taken for answered
         8011515,  # an agent that dialled a stopped coordinator once more was no node for the one that took over
         8089558,  # a coordinator that had stood still said that no node could run a task, and then heard of one
+        9019263,  # three ends of one task in one inventory, of which a lost tail had known nothing, in another order
         1002548,  # a snapshot told of the verdict on a workload that no job had any more, and nobody knew which it was
     ],
 )

@@ -553,8 +553,9 @@ def retry(state: State, task: Task, account: records.Retry) -> None:
     if task.state is not TaskState.PENDING:
         move(task, TaskState.PENDING)
     task.since_s = state.now_s
-    task.attempt = account.attempt
-    task.ordinal = account.ordinal
+    if account.attempt >= task.attempt:  # else, in a replay, a record of the same turn has told of a later one already
+        task.attempt = account.attempt
+        task.ordinal = account.ordinal
     task.failures = account.failures
     task.crashes = account.crashes
     task.killed_on = account.killed_on
