@@ -193,10 +193,9 @@ class Record:
 
     # --- the user's side ----------------------------------------------------------------------------------------------
 
-    def hold(self) -> bool:
-        """One more shows it. False: too late, results have been thrown away."""
+    def hold(self) -> None:
+        """One more shows it."""
         self._holders.append(None)
-        return not self._is_abandoned
 
     def let_go(self) -> None:
         """One less. Takes no lock: the garbage collector calls it."""

@@ -368,12 +368,18 @@ def _add_pending(state: State, queue: Queue, count: int) -> None:
             del state.busy[group.number]
 
 
-def take(state: State, chunk: Chunk, offset: int) -> Task:
-    """Make an object of an entry of a chunk. The caller gives it a place at once."""
+def _item_of(state: State, chunk: Chunk, offset: int) -> TaskItem:
+    """Of a task that is pending in the chunk, wherever that lies."""
     if chunk.ticket is not None:
         _fetch(state.room, chunk)
     item = chunk.tasks[offset]
     assert item is not None
+    return item
+
+
+def take(state: State, chunk: Chunk, offset: int) -> Task:
+    """Make an object of an entry of a chunk. The caller gives it a place at once."""
+    item = _item_of(state, chunk, offset)
     job = chunk.job
     index = chunk.first + offset
     task = Task(job, index, item, chunk.function, chunk.python, TaskState.PENDING, chunk.since_s)
@@ -453,8 +459,7 @@ def resolve(state: State, task: Task) -> None:
 
 def value_of(state: State, key: TaskKey) -> Payload | None:
     """What an ended task returned, if it succeeded and its value is still here."""
-    job = state.jobs.get(key[0])
-    end = (job.ends.get(key[1]) if job is not None else None) or state.recent.get(key)
+    end = state.end_of(key)
     if end is not None:
         return (end.result or Payload()) if end.outcome is Outcome.SUCCEEDED else None
     return state.restored_values.get(key)
@@ -625,11 +630,7 @@ def _keep_spent(state: State, job: Job, index: int, task: Task | None) -> None:
     found = chunk_of(job, index)
     assert found is not None
     chunk, offset = found
-    if chunk.ticket is not None:
-        _fetch(state.room, chunk)
-    item = chunk.tasks[offset]
-    assert item is not None
-    keep_spent(state, job, index, Spent(item, chunk.function, chunk.python))
+    keep_spent(state, job, index, Spent(_item_of(state, chunk, offset), chunk.function, chunk.python))
 
 
 def keep_spent(state: State, job: Job, index: int, spent: Spent) -> None:

@@ -453,8 +453,7 @@ def settle_loose(turn: Turn) -> None:
 def _end_broken(turn: Turn, task: Task, key: TaskKey) -> None:
     """A dependency can give no value: it failed, was cancelled, or nothing is known of it any more."""
     state = turn.state
-    job = state.jobs.get(key[0])
-    end = (job.ends.get(key[1]) if job is not None else None) or state.recent.get(key)
+    end = state.end_of(key)
     root = task_id(*key)
     if end is not None and end.outcome is Outcome.CANCELLED:
         failure = Failure(cause=Cause.CANCELLED, message=f"the task {root}, which this one depends on, was cancelled")

@@ -27,12 +27,12 @@ def explain(state: State, job_id: JobId, index: int) -> Explanation | None:
     """Of one task. None: the job is not known (any more), or has no such task."""
     job = state.jobs.get(job_id)
     if job is None:
-        end = state.recent.get((job_id, index))
+        end = state.end_of((job_id, index))
         return _of_end(job_id, end) if end is not None else None
     if not 0 <= index < job.count:
         return None
     if job.outcomes[index]:
-        end = job.ends.get(index) or state.recent.get((job_id, index))
+        end = state.end_of((job_id, index))
         return _of_end(job_id, end) if end is not None else _forgotten(job, index)
     task = job.tasks.get(index)
     if task is None:

@@ -39,6 +39,7 @@ from herder_shared.wire.messages import (
     NodeReport,
     PastAttempt,
     Payload,
+    TaskEnd,
     TaskItem,
     WorkloadReport,
     WorkloadSpec,
@@ -505,6 +506,11 @@ class State:
     #: The replay is over and nobody has looked yet for what a cut tail left undone.
     unswept: bool = False
     ended_total: int = 0
+
+    def end_of(self, key: TaskKey) -> TaskEnd | None:
+        """The terminal record of a task, as long as it is kept: unacknowledged, or remembered for a while."""
+        job = self.jobs.get(key[0])
+        return (job.ends.get(key[1]) if job is not None else None) or self.recent.get(key)
 
 
 def new_state(

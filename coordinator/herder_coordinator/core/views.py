@@ -145,7 +145,7 @@ def tasks(state: State, job_id: JobId) -> list[TaskInfo] | None:
     for index, code in enumerate(found.outcomes[:TASKS_LISTED_MAX]):
         task = found.tasks.get(index)
         if code:
-            end = found.ends.get(index) or state.recent.get((job_id, index))
+            end = state.end_of((job_id, index))
             usage = end.usage if end is not None else None
             listed.append(
                 TaskInfo(
@@ -243,8 +243,7 @@ def agent_counts(state: State) -> dict[AgentState, int]:
 
 def logs(state: State, job_id: JobId, index: int) -> Logs | None:
     """What the task's last attempt wrote. None: not ended, nothing captured, or no longer kept."""
-    found = state.jobs.get(job_id)
-    end = (found.ends.get(index) if found is not None else None) or state.recent.get((job_id, index))
+    end = state.end_of((job_id, index))
     return end.logs if end is not None else None
 
 
